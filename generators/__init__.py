@@ -1,0 +1,8 @@
+"""Condition -> media, and text -> condition (the target of caption-only alignment). Nothing here knows the LLM."""
+
+if __name__ != "anygen.generators":
+    raise ImportError("import this folder as anygen.generators: one module, one name")
+
+COMPONENTS: dict[str, dict[str, str]] = {
+    "generator": {"stable_diffusion": "anygen.generators.stable_diffusion:StableDiffusionGenerator"},
+}

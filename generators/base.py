@@ -1,0 +1,60 @@
+"""The contract of a generator: a condition in, media out; and the text encoder that defines its conditions.
+
+Shapes: B batch.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from anygen.features import Condition, ConditionSpec
+
+StepCallback = Callable[[int, int], None]
+"""Called with (steps done, steps in all) after each denoising step."""
+
+
+class Generator(ABC):
+    """A frozen diffusion generator. It is loaded once and stays; each sample's noise comes from its own seed."""
+
+    modality: ClassVar[str]
+    condition_spec: ConditionSpec
+
+    @classmethod
+    @abstractmethod
+    def from_pretrained(
+        cls, directory: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> Self:
+        """Loads the parts needed to generate; the text encoder waits until `encode_text` is called."""
+
+    @abstractmethod
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes a directory that `from_pretrained` and diffusers read."""
+
+    @abstractmethod
+    def to(self, device: torch.device | str) -> Self:
+        """Moves every loaded part."""
+
+    @abstractmethod
+    def encode_text(self, captions: Sequence[str]) -> Condition:
+        """B captions -> B conditions: the generator's own text encoder, the target of caption-only alignment."""
+
+    @abstractmethod
+    def generate(
+        self,
+        condition: Condition,
+        *,
+        seeds: Sequence[int],
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        on_step: StepCallback | None = None,
+        **options: Any,
+    ) -> list[Any]:
+        """B conditions and B seeds -> B media values. A sample does not depend on the batch it is in."""
+
+    @abstractmethod
+    def denoising_loss(self, condition: Condition, media: Any, *, generator: torch.Generator | None = None) -> Tensor:
+        """The conditional latent-diffusion loss (MM-LLMs survey, arXiv 2401.13601, eq. 5), a scalar."""
