@@ -10,9 +10,11 @@ A component declares its configuration right above its class:
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, ClassVar, Self, cast
+from types import NoneType, UnionType
+from typing import Any, ClassVar, Self, cast, get_args, get_type_hints
 
 from anygen.errors import ConfigError
 
@@ -33,15 +35,17 @@ class Config:
         """Validates `data` against the fields of this class.
 
         Raises:
-            ConfigError: an unknown key (with the nearest known one), a missing key or a wrong type.
+            ConfigError: an unknown key (with the nearest known one), a missing key, a wrong type, or a value that
+                the class itself refuses; each fault is named by its place.
         """
         from pydantic import TypeAdapter, ValidationError  # 0.2 s, and not needed to build a config in code
 
         try:
             return TypeAdapter(cls).validate_python(data)
         except ValidationError as error:
-            known = [field.name for field in dataclasses.fields(cast(Any, cls))]
-            raise ConfigError(f"{cls.__name__}: {_explain(error.errors(), known)}") from None
+            raise ConfigError(
+                f"{cls.__name__}: {'; '.join(_explain(fault, cls) for fault in error.errors())}"
+            ) from None
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -62,16 +66,32 @@ class Config:
         path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
 
-def _explain(problems: list[Any], known: list[str]) -> str:
-    lines = []
-    for problem in problems:
-        where = ".".join(str(part) for part in problem["loc"])
-        if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-            near = get_close_matches(str(problem["loc"][-1]), known, n=1)
-            hint = f", did you mean '{near[0]}'?" if near else f"; known keys: {', '.join(known)}"
-            lines.append(f"unknown key '{where}'{hint}")
-        elif problem["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
-            lines.append(f"key '{where}' is missing")
-        else:
-            lines.append(f"'{where}': {problem['msg']}")
-    return "; ".join(lines)
+def _explain(fault: Any, root: type) -> str:
+    """One line for one of pydantic's error records."""
+    where = ".".join(str(step) for step in fault["loc"])
+    if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        known = _keys_at(root, fault["loc"][:-1])
+        near = get_close_matches(str(fault["loc"][-1]), known, n=1)
+        if near:
+            return f"unknown key '{where}', did you mean '{near[0]}'?"
+        return f"unknown key '{where}'" + (f"; known: {', '.join(known)}" if known else "")
+    if fault["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
+        return f"key '{where}' is missing"
+    # What a class's own check says, names the class and the field already.
+    told = str(fault["ctx"]["error"]) if fault["type"] == "value_error" else fault["msg"]
+    return f"'{where}': {told}" if where else told
+
+
+def _keys_at(root: Any, path: Sequence[int | str]) -> list[str]:
+    """The keys of the configuration class that `path` leads to, through fields, tables, lists and unions."""
+    try:
+        for step in path:
+            if dataclasses.is_dataclass(root):
+                root = get_type_hints(root)[str(step)]
+            else:  # dict[str, X], list[X], tuple[X, ...]: the members' type
+                root = next(inner for inner in get_args(root)[::-1] if inner is not Ellipsis)
+            if isinstance(root, UnionType):  # X | None
+                root = next(inner for inner in get_args(root) if inner is not NoneType)
+        return [field.name for field in dataclasses.fields(root)]
+    except (KeyError, StopIteration, TypeError):  # a union of several classes: which one was meant is unknown
+        return []

@@ -24,6 +24,14 @@ class MediaError(AnyGenError, ValueError):
     """A picture, clip or sound cannot be read, is of a wrong type or exceeds a limit."""
 
 
+class MediaWarning(UserWarning):
+    """Only a part of what a file holds is used, such as the first frame of an animation."""
+
+
+class OutputError(AnyGenError, OSError):
+    """A file cannot be written, or exists already and was not to be replaced."""
+
+
 class MessageError(AnyGenError, ValueError):
     """A message is empty, of an unknown form, or holds a modality that the model cannot read."""
 

@@ -77,13 +77,22 @@ def names(kind: Kind) -> list[str]:
 
 
 def load_plugins() -> None:
-    """Imports every installed entry point of the group `anygen.plugins`, once."""
+    """Imports every installed entry point of the group `anygen.plugins`, once.
+
+    Raises:
+        ConfigError: one of them cannot be imported; names it.
+    """
     global _plugins_loaded
     if _plugins_loaded:
         return
-    _plugins_loaded = True
     for point in entry_points(group=PLUGIN_GROUP):
-        point.load()
+        try:
+            point.load()
+        except Exception as error:
+            raise ConfigError(
+                f"the plugin '{point.name}' ({point.value}) cannot be imported: {error}; repair or uninstall it"
+            ) from error
+    _plugins_loaded = True
 
 
 def _builtin(kind: str) -> dict[str, str]:

@@ -1,0 +1,69 @@
+"""`anygen train`, `anygen eval`, `anygen data build`: what the folder `training` does."""
+
+import argparse
+import json
+import logging
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+
+from anygen.errors import ConfigError
+
+
+def train(options: argparse.Namespace) -> int:
+    """Runs a recipe; its log goes to stderr, its last figures to stdout."""
+    from anygen.training.recipes import run
+
+    _log(logging.INFO)
+    with redirect_stdout(sys.stderr):
+        figures = run(Path(options.recipe), options.overrides)
+    for name, value in figures.items():
+        print(f"{name}: {value:.6g}")
+    return 0
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    """Measures a model; exit code 0 whether or not the bars are met, the table says so."""
+    from rich.console import Console
+
+    with redirect_stdout(sys.stderr):
+        from anygen.pipeline import AnyGenPipeline
+        from anygen.training.evaluation import evaluate as measure
+
+        _log(logging.WARNING if options.json else logging.INFO)
+        pipe = AnyGenPipeline.from_pretrained(options.model, device=options.device)
+        result = measure(
+            pipe.model,
+            pipe.generators,
+            Path(options.data),
+            suite=options.suite,
+            limit=options.limit,
+            seed=options.seed,
+            report=None if options.report is None else Path(options.report),
+        )
+    if options.json:
+        print(json.dumps(result.to_dict()))
+    else:
+        Console(width=None if sys.stdout.isatty() else 120).print(result.table())
+    return 0
+
+
+def build_data(options: argparse.Namespace) -> int:
+    """Builds a dataset; packages are kept in the cache between builds."""
+    if options.name != "icons":
+        raise ConfigError(f"there is no dataset '{options.name}'; known: icons")
+    from anygen.environment import home
+    from anygen.training.icons import build
+
+    _log(logging.INFO)
+    with redirect_stdout(sys.stderr):
+        checksum = build(Path(options.out), home() / "npm")
+    print(f"{options.out}: checksum {checksum}")
+    return 0
+
+
+def _log(level: int) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logger = logging.getLogger("anygen")
+    logger.handlers, logger.level, logger.propagate = [handler], level, False

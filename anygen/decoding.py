@@ -1,0 +1,439 @@
+"""How the LLM speaks: a route, then words and whole signal runs, many prompts at once.
+
+1. *Route.* The adapter view of every prompt is read once; `<|words|>` or `<|media|>` is chosen for each.
+2. *Words.* These prompts are read again in their base view with the adapter off: the untouched LLM answers.
+3. *Media.* These go on from what was read. Once the first token of a run is chosen the rest is forced: all S tokens
+   go through the LLM in one pass, in place of S passes. Rows that start no run at that step bring one token, right
+   aligned behind masked columns:
+
+```
+row 0, starts a run     image_0  image_1  image_2  image_3      positions 9 10 11 12
+row 1, says a word         .        .        .      "red"       position  7
+```
+
+Shapes: B rows of the batch, T columns, V vocabulary, R new tokens, S signal tokens of a run, D LLM width.
+"""
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, cast
+
+import torch
+from torch import Tensor
+
+from anygen.config import Config
+from anygen.errors import ConfigError, MessageError
+from anygen.model import AnyGenModel, MediaInput, positions
+from anygen.prompts import Prompt, pad
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache, PreTrainedTokenizerBase
+
+Route = Literal["words", "media"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecodingConfig(Config):
+    """How to choose tokens."""
+
+    max_new_tokens: int = 256
+    """The longest answer, signal tokens counted; a run that has started is always finished."""
+    max_runs: int = 8
+    """The most media in one answer."""
+    temperature: float = 0.0
+    """0 takes the most likely token; above, tokens are drawn. The route is never drawn."""
+    top_p: float = 1.0
+    """Draws from the smallest set of tokens that together are at least this likely."""
+    route: Route | None = None
+    """Fixes the route of all answers."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens is at least 1, got {self.max_new_tokens}")
+        if self.max_runs < 0:
+            raise ConfigError(f"max_runs is not negative, got {self.max_runs}")
+        if self.temperature < 0:
+            raise ConfigError(f"temperature is not negative, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p is above 0 and at most 1, got {self.top_p}")
+
+
+@dataclass(slots=True)
+class DecodingStats:
+    """What was done, for benchmarks."""
+
+    prompt_passes: int = 0
+    """Passes of the LLM over prompts."""
+    passes: int = 0
+    """Passes of the LLM over generated tokens."""
+    text_tokens: int = 0
+    """Tokens of text, the answers' ends included."""
+    runs: int = 0
+    """Signal runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """The first event of a sample."""
+
+    sample: int
+    route: Route
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """More text; whole characters only."""
+
+    sample: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A medium is to be made here."""
+
+    sample: int
+    modality: str
+    states: Tensor
+    """float[S, D], the LLM's final hidden states at the signal positions."""
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """The last event of a sample."""
+
+    sample: int
+    reason: Literal["stop", "length"]
+    ids: tuple[int, ...]
+    """All that was said after the route: text, runs, and the end token if it came."""
+
+
+Event = Routed | TextDelta | Run | End
+
+
+@dataclass(slots=True)
+class Answer:
+    """All events of one sample."""
+
+    route: Route = "words"
+    parts: list[str | Run] = field(default_factory=list)
+    """Text and runs in the order in which they were said; no text is empty, no two stand together."""
+    reason: Literal["stop", "length"] = "stop"
+    ids: tuple[int, ...] = ()
+    """All that was said after the route: text, runs, and the end token if it came."""
+
+    @property
+    def text(self) -> str:
+        """The words alone."""
+        return "".join(part for part in self.parts if isinstance(part, str))
+
+    @property
+    def runs(self) -> list[Run]:
+        """The runs alone."""
+        return [part for part in self.parts if isinstance(part, Run)]
+
+
+def decode(
+    model: AnyGenModel,
+    prompts: Sequence[Prompt],
+    *,
+    media: Mapping[str, MediaInput] | None = None,
+    config: DecodingConfig | None = None,
+    seeds: Sequence[int] | None = None,
+    drawable: Collection[str] | None = None,
+    stats: DecodingStats | None = None,
+) -> Iterator[Event]:
+    """Answers prompts, event by event as they happen; the events of one sample are in order.
+
+    Args:
+        model: in evaluation mode.
+        prompts: B conversations, of any lengths; none gives no events.
+        media: modality -> the media in their slots, in reading order over all prompts.
+        config: how to choose tokens; greedy by default.
+        seeds: one a prompt, needed if tokens are drawn; a sample's draw does not depend on its batch.
+        drawable: the output modalities that may be used; all by default.
+        stats: counts up while events are taken.
+
+    Raises:
+        MessageError: a prompt leaves no room for an answer in the LLM's context.
+        ConfigError: tokens are to be drawn without seeds, or their number is wrong.
+    """
+    config, stats = config or DecodingConfig(), stats or DecodingStats()
+    if config.temperature > 0 and (seeds is None or len(seeds) != len(prompts)):
+        raise ConfigError(f"temperature {config.temperature} needs one seed a prompt, {len(prompts)} in all")
+    limit = model.llm.context_length
+    for prompt in prompts:
+        longest = max(len(prompt.ids), len(prompt.base_ids)) + 1
+        if limit is not None and longest >= limit:
+            raise MessageError(f"the conversation has {longest} tokens, and the LLM reads at most {limit}")
+    drawn: Sequence[int | None] = seeds if config.temperature > 0 and seeds else [None] * len(prompts)
+    speakers = [
+        _Speaker(model, sample, config, seed=seed, drawable=drawable, stats=stats) for sample, seed in enumerate(drawn)
+    ]
+    return _decode(model, prompts, media, config, speakers, stats)
+
+
+def _decode(
+    model: AnyGenModel,
+    prompts: Sequence[Prompt],
+    media: Mapping[str, MediaInput] | None,
+    config: DecodingConfig,
+    speakers: "list[_Speaker]",
+    stats: DecodingStats,
+) -> Iterator[Event]:
+    if not prompts:
+        return
+    routes: list[Route] = ["words"] * len(prompts)
+    batch = None
+    if config.route != "words":
+        batch = _Batch(model, stats, adapted=True)
+        batch.read([prompt.ids for prompt in prompts], media)
+        preferred = batch.routes()
+        for row, prompt in enumerate(prompts):
+            routes[row] = config.route or ("media" if prompt.holds_media else preferred[row])
+    for row, route in enumerate(routes):
+        yield Routed(row, route)
+    spoken = [row for row, route in enumerate(routes) if route == "words"]
+    shown = [row for row, route in enumerate(routes) if route == "media"]
+    if batch is not None and shown:
+        batch.keep(shown)
+        batch.feed([[model.signal_tokens.media_id]] * len(shown))
+        yield from _speak(batch, [speakers[row] for row in shown])
+    if spoken:
+        batch = _Batch(model, stats, adapted=False)
+        batch.read([prompts[row].base_ids for row in spoken], None)
+        yield from _speak(batch, [speakers[row] for row in spoken])
+
+
+def _speak(batch: "_Batch", speakers: "list[_Speaker]") -> Iterator[Event]:
+    """The loop: choose one token a row, let rows that are done leave, feed the others' tokens or runs."""
+    while speakers:
+        chosen = batch.choose(speakers)
+        for speaker, token, place in zip(speakers, chosen, batch.next.tolist(), strict=True):
+            yield from speaker.take(token, place)
+        speakers = batch.leave(speakers)
+        if not speakers:
+            return
+        hidden = batch.feed([speaker.pending for speaker in speakers])
+        for row, speaker in enumerate(speakers):
+            yield from speaker.show(hidden[row])
+        speakers = batch.leave(speakers)
+
+
+def collect(events: Iterable[Event], count: int) -> list[Answer]:
+    """The events of `count` samples -> their answers."""
+    answers = [Answer() for _ in range(count)]
+    for event in events:
+        answer = answers[event.sample]
+        match event:
+            case Routed(route=route):
+                answer.route = route
+            case TextDelta(text=text):
+                if answer.parts and isinstance(answer.parts[-1], str):
+                    answer.parts[-1] += text
+                else:
+                    answer.parts.append(text)
+            case Run():
+                answer.parts.append(event)
+            case End(reason=reason, ids=ids):
+                answer.reason, answer.ids = reason, ids
+    return answers
+
+
+class _Batch:
+    """Rows that go through the LLM together: their cache, what of it each row may see, and its next position."""
+
+    def __init__(self, model: AnyGenModel, stats: DecodingStats, *, adapted: bool) -> None:
+        self.model, self.stats, self.adapted = model, stats, adapted
+        self.cache = None
+        self.mask = torch.zeros(0)
+        self.next = torch.zeros(0)
+        self.last = torch.zeros(0)
+        """float[B, D], the state from which the next token is chosen."""
+
+    @torch.inference_mode()
+    def read(self, prompts: Sequence[Sequence[int]], media: Mapping[str, MediaInput] | None) -> None:
+        """Reads the prompts, left padded so that all end in the last column."""
+        ids, mask = (tensor.to(self.model.device) for tensor in pad(prompts, 0, left=True))
+        self.mask = mask
+        self.next = mask.sum(1)
+        self.last = self._run(self.model.embed(ids, media), positions(mask))[:, -1]
+        self.stats.prompt_passes += 1
+
+    @torch.inference_mode()
+    def feed(self, pending: Sequence[Sequence[int]]) -> Tensor:
+        """Gives each row its tokens, one or a whole run -> float[B, longest, D], right aligned."""
+        ids, real = (tensor.to(self.model.device) for tensor in pad(pending, 0, left=True))
+        self.mask = torch.cat([self.mask, real], dim=1)
+        places = self.next.unsqueeze(1) + positions(real)
+        self.next = self.next + real.sum(1)
+        hidden = self._run(self.model.embed(ids), places)
+        self.last = hidden[:, -1]
+        self.stats.passes += 1
+        return hidden
+
+    def _run(self, embeds: Tensor, places: Tensor) -> Tensor:
+        with nullcontext() if self.adapted else self.model.llm.adapter_off():
+            hidden, self.cache = self.model.llm.hidden_states(
+                embeds, attention_mask=self.mask, position_ids=places, cache=self.cache, use_cache=True
+            )
+        return hidden
+
+    @torch.inference_mode()
+    def routes(self) -> list[Route]:
+        """The likelier route of each row."""
+        signals = self.model.signal_tokens
+        routes = torch.tensor([signals.words_id, signals.media_id]) - signals.vocab_size
+        return ["media" if media else "words" for media in signals.logits(self.last)[:, routes].argmax(1).tolist()]
+
+    @torch.inference_mode()
+    def choose(self, speakers: "Sequence[_Speaker]") -> list[int]:
+        """One token a row; without the adapter only the LLM's own, with it also the first tokens of runs."""
+        logits = self.model.llm.logits(self.last).float()
+        if self.adapted:
+            new = self.model.llm.scale_logits(self.model.signal_tokens.logits(self.last))
+            places = self.next.tolist()
+            barred = torch.stack([speaker.barred(place) for speaker, place in zip(speakers, places, strict=True)])
+            logits = torch.cat([logits, new.masked_fill(barred, -torch.inf)], dim=1)
+        best = logits.argmax(1).tolist()
+        return [
+            speaker.draw(row) if speaker.generator else token
+            for speaker, row, token in zip(speakers, logits, best, strict=True)
+        ]
+
+    def leave(self, speakers: "list[_Speaker]") -> "list[_Speaker]":
+        """Lets the rows that are done go."""
+        alive = [row for row, speaker in enumerate(speakers) if not speaker.done]
+        if 0 < len(alive) < len(speakers):
+            self.keep(alive)
+        return [speakers[row] for row in alive]
+
+    @torch.inference_mode()
+    def keep(self, rows: Sequence[int]) -> None:
+        """Keeps `rows` alone."""
+        if len(rows) == len(self.mask):
+            return
+        index = torch.tensor(rows, device=self.mask.device)
+        cast("DynamicCache", self.cache).batch_select_indices(index)
+        self.mask, self.next, self.last = self.mask[index], self.next[index], self.last[index]
+
+
+class _Speaker:
+    """One sample's answer so far: what it may say next, and what its last token means."""
+
+    def __init__(
+        self,
+        model: AnyGenModel,
+        sample: int,
+        config: DecodingConfig,
+        *,
+        seed: int | None,
+        drawable: Collection[str] | None,
+        stats: DecodingStats,
+    ) -> None:
+        self.sample, self.config, self.stats = sample, config, stats
+        self.generator = None if seed is None else torch.Generator().manual_seed(seed)
+        self.ends = set(model.llm.eos_ids)
+        self.context = model.llm.context_length
+        self.runs = {run.start: (modality, list(run)) for modality, run in model.signal_tokens.runs.items()}
+        self.vocab_size = model.signal_tokens.vocab_size
+        self.forbidden = model.signal_tokens.forbidden(drawable)
+        self.text = Detokenizer(model.llm.tokenizer)
+        self.pending: list[int] = []
+        self.modality: str | None = None
+        self.said: list[int] = []
+        self.shown = 0
+        self.done = False
+
+    def barred(self, place: int) -> Tensor:
+        """bool[R], the new tokens that may not come at position `place`."""
+        barred = self.forbidden.clone()
+        for start, (_, run) in self.runs.items():
+            if self.shown >= self.config.max_runs or (self.context is not None and place + len(run) > self.context):
+                barred[start - self.vocab_size] = True
+        return barred
+
+    def draw(self, logits: Tensor) -> int:
+        """float32[V or V + R] -> a token, drawn on the CPU so that a seed means the same on every device."""
+        weights, order = (logits / self.config.temperature).softmax(0).cpu().sort(descending=True)
+        before = weights.cumsum(0) - weights
+        weights = weights * (before < self.config.top_p)
+        return int(order[torch.multinomial(weights, 1, generator=self.generator)])
+
+    def take(self, token: int, place: int) -> Iterator[Event]:
+        """Makes the token chosen for position `place` the next to be fed, or ends the answer."""
+        if token in self.runs:
+            self.modality, self.pending = self.runs[token]
+            self.said += self.pending
+            yield from self.flush()
+            return
+        self.pending = [token]
+        self.said.append(token)
+        self.stats.text_tokens += 1
+        if token in self.ends:
+            yield from self.end("stop")
+            return
+        if delta := self.text.push(token):
+            yield TextDelta(self.sample, delta)
+        full = self.context is not None and place + 1 >= self.context
+        if full or len(self.said) >= self.config.max_new_tokens:
+            yield from self.end("length")
+
+    def show(self, hidden: Tensor) -> Iterator[Event]:
+        """float[T, D], the states at what was fed, right aligned: hands them on if it was a run."""
+        if self.modality is None:
+            return
+        # a copy outside of inference mode, so that the projector may run in any mode
+        yield Run(self.sample, self.modality, hidden[-len(self.pending) :].clone())
+        self.modality = None
+        self.shown += 1
+        self.stats.runs += 1
+        if len(self.said) >= self.config.max_new_tokens:
+            yield from self.end("length")
+
+    def flush(self) -> Iterator[Event]:
+        """The text that waited for the rest of a character."""
+        if rest := self.text.flush():
+            yield TextDelta(self.sample, rest)
+
+    def end(self, reason: Literal["stop", "length"]) -> Iterator[Event]:
+        """The last events."""
+        self.done = True
+        yield from self.flush()
+        yield End(self.sample, reason, tuple(self.said))
+
+
+class Detokenizer:
+    """Ids, one by one -> text, whole characters only.
+
+    A token may hold a part of a character, and some tokenizers write a token differently at the start of a text.
+    So each new piece is decoded behind the piece before it, and what ends in a broken character waits.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        self.tokenizer = tokenizer
+        self.ids: list[int] = []
+        self.start = self.end = 0  # ids[start:end] is the piece given out last
+
+    def push(self, token: int) -> str:
+        """Adds a token; returns the text that is complete with it, or nothing."""
+        self.ids.append(token)
+        text = self._new()
+        return "" if text.endswith("\ufffd") else self._give(text)
+
+    def flush(self) -> str:
+        """Returns what still waits, without a broken character at its end."""
+        return self._give(self._new()).rstrip("\ufffd")
+
+    def _new(self) -> str:
+        before = self._decode(self.ids[self.start : self.end])
+        return self._decode(self.ids[self.start :])[len(before) :]
+
+    def _give(self, text: str) -> str:
+        if text:
+            self.start, self.end = self.end, len(self.ids)
+        return text
+
+    def _decode(self, ids: list[int]) -> str:
+        return cast(str, self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))

@@ -1,0 +1,296 @@
+"""Any causal language model of transformers, opened where anygen needs it: embeddings in, hidden states out.
+
+The model keeps its own vocabulary and its own weights; an adapter (PEFT) can be on or off, call by call.
+Shapes: B batch, T tokens, V vocabulary, D width.
+"""
+
+import inspect
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from anygen.component import read_safetensors
+from anygen.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.cache_utils import Cache
+
+
+class LLM(nn.Module):
+    """An `AutoModelForCausalLM` with its tokenizer and, optionally, one adapter.
+
+    Args:
+        model: a causal language model whose state is a key-value cache.
+        tokenizer: its tokenizer, with a chat template.
+
+    Raises:
+        ConfigError: the model is recurrent, or its logits are not its head's times what its configuration says.
+    """
+
+    def __init__(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
+        super().__init__()
+        if getattr(model, "_is_stateful", False):
+            raise ConfigError(
+                f"{type(model).__name__} keeps a recurrent state; anygen needs an attention model, "
+                "whose padded columns can be masked"
+            )
+        self.model: PreTrainedModel | PeftModel = model.requires_grad_(False)
+        self._adapter_layers: list[Any] = []
+        self.tokenizer = tokenizer
+        parameters = inspect.signature(cast(nn.Module, model.get_decoder()).forward).parameters
+        self._takes_positions = "position_ids" in parameters
+        self._scale, self._softcap = _logit_scaling(model)
+        self._check_head()
+
+    @classmethod
+    def from_pretrained(
+        cls, directory: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    ) -> Self:
+        """Loads model and tokenizer from transformers' files, by default in the type they were saved in."""
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        with _bars_on_terminals_alone():
+            model = AutoModelForCausalLM.from_pretrained(
+                directory, dtype=dtype or "auto", local_files_only=True, use_safetensors=True
+            )
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        return cls(cast(nn.Module, model).to(device).eval(), tokenizer)  # type: ignore[arg-type]
+
+    @property
+    def base(self) -> "PreTrainedModel":
+        """The causal language model itself; its layers carry the adapter, if there is one."""
+        if self.has_adapter:
+            return cast("PeftModel", self.model).get_base_model()  # type: ignore[return-value]
+        return cast("PreTrainedModel", self.model)
+
+    @property
+    def embedding(self) -> nn.Module:
+        """long[B, T] -> float[B, T, D]; has a `weight` float[V, D]."""
+        return cast(nn.Module, self.base.get_input_embeddings())
+
+    @property
+    def head(self) -> nn.Module:
+        """float[..., D] -> float[..., V]."""
+        return cast(nn.Module, self.base.get_output_embeddings())
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the rows of the embedding; some families pad it beyond their tokenizer."""
+        return int(cast(Tensor, self.embedding.weight).shape[0])
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return int(cast(Tensor, self.embedding.weight).shape[1])
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head reads the embedding's own weights."""
+        return self.head.weight is self.embedding.weight
+
+    @property
+    def device(self) -> torch.device:
+        """Where the embedding lives."""
+        return cast(Tensor, self.embedding.weight).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the embeddings."""
+        return cast(Tensor, self.embedding.weight).dtype
+
+    @property
+    def context_length(self) -> int | None:
+        """The most tokens that the model was made for; None if it does not say."""
+        return getattr(self.base.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
+    def eos_ids(self) -> list[int]:
+        """The ids that end an answer, as `generate` has them."""
+        config = getattr(self.base, "generation_config", None)
+        ids = getattr(config, "eos_token_id", None)
+        if ids is None:
+            ids = self.tokenizer.eos_token_id
+        if ids is None:
+            raise ConfigError("neither the LLM's generation configuration nor its tokenizer has an end token")
+        return [int(i) for i in ids] if isinstance(ids, list | tuple) else [int(ids)]
+
+    def hidden_states(
+        self,
+        embeds: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: "Cache | None" = None,
+        use_cache: bool = False,
+    ) -> "tuple[Tensor, Cache | None]":
+        """Runs the decoder; no logits are computed.
+
+        Args:
+            embeds: float[B, T, D].
+            attention_mask: bool or long[B, past + T], false where a column is not to be seen; may have holes.
+            position_ids: long[B, T].
+            cache: what earlier columns left behind; extended in place.
+            use_cache: whether to make a cache if none is given.
+
+        Returns:
+            float[B, T, D], the final normalised states that the head reads, and the cache.
+        """
+        positions = {"position_ids": position_ids} if self._takes_positions else {}
+        output = cast(nn.Module, self.base.get_decoder())(
+            inputs_embeds=embeds,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            use_cache=use_cache or cache is not None,
+            **positions,
+        )
+        return output.last_hidden_state, output.past_key_values
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float[..., D] -> float[..., V], exactly the model's own."""
+        return self.scale_logits(self.head(hidden))
+
+    def scale_logits(self, logits: Tensor) -> Tensor:
+        """What the family does to its head's output: Cohere, Granite and Falcon-H1 scale it, Gemma 2 caps it."""
+        if self._scale != 1:
+            logits = logits * self._scale
+        if self._softcap:
+            logits = torch.tanh(logits / self._softcap) * self._softcap
+        return logits
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether an adapter was added."""
+        return hasattr(self.model, "peft_config")
+
+    def add_adapter(self, config: "PeftConfig") -> None:
+        """Adds a fresh, trainable adapter. LoRA starts with no effect.
+
+        Raises:
+            ConfigError: there is one already, or it is a kind that adds prompt tokens.
+        """
+        from peft import get_peft_model
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils.other import AuxiliaryTrainingWrapper
+
+        if self.has_adapter:
+            raise ConfigError("the LLM has an adapter already; load it without one to start another")
+        if config.is_prompt_learning:
+            raise ConfigError(f"{config.peft_type} adds prompt tokens; use an adapter of the layers, such as LoRA")
+        self.model = get_peft_model(cast("PreTrainedModel", self.model), config)
+        switches = BaseTunerLayer | AuxiliaryTrainingWrapper
+        self._adapter_layers = [layer for layer in self.model.modules() if isinstance(layer, switches)]
+
+    def load_adapter(self, directory: str | Path) -> None:
+        """Adds the adapter saved in `directory`, strictly.
+
+        Raises:
+            CheckpointError: it lacks keys or has keys that the model does not, listed.
+        """
+        from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
+
+        directory = Path(directory)
+        if not (directory / "adapter_config.json").exists():
+            raise CheckpointError(f"{directory} holds no adapter: adapter_config.json is missing")
+        config = PeftConfig.from_pretrained(str(directory))
+        config.base_model_name_or_path = None  # PEFT warns that a directory has another name than the hub's
+        self.add_adapter(config)
+        state = read_safetensors(directory, "adapter_model")
+        own = get_peft_model_state_dict(self.model)
+        faults = [f"missing {key}" for key in own if key not in state]
+        faults += [f"unexpected {key}" for key in state if key not in own]
+        faults += [
+            f"{key} is {tuple(state[key].shape)}, not {tuple(own[key].shape)}"
+            for key in own
+            if key in state and state[key].shape != own[key].shape
+        ]
+        if faults:
+            more = f" and {len(faults) - 8} more" if len(faults) > 8 else ""
+            raise CheckpointError(f"the adapter in {directory} does not fit: {'; '.join(faults[:8])}{more}")
+        set_peft_model_state_dict(self.model, state)
+
+    def save_adapter(self, directory: str | Path, *, base_name: str | None = None) -> None:
+        """Writes PEFT's format, naming the base model `base_name` (PEFT would write this machine's path)."""
+        from peft import get_peft_model_state_dict
+        from safetensors.torch import save_file
+
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        config = cast("PeftModel", self.model).active_peft_config
+        kept = config.base_model_name_or_path, config.inference_mode
+        config.base_model_name_or_path, config.inference_mode = base_name, True
+        try:
+            config.save_pretrained(str(directory))
+        finally:
+            config.base_model_name_or_path, config.inference_mode = kept
+        state = {k: v.detach().cpu().contiguous() for k, v in get_peft_model_state_dict(self.model).items()}
+        save_file(state, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+
+    def save_base(self, directory: str | Path) -> None:
+        """Writes the model and the tokenizer as transformers does.
+
+        Raises:
+            ConfigError: an adapter has been added, which changed the names of the model's weights.
+        """
+        if self.has_adapter:
+            raise ConfigError("the LLM cannot be written once it has an adapter; write it before adding one")
+        self.base.save_pretrained(directory)
+        self.tokenizer.save_pretrained(directory)
+
+    @contextmanager
+    def adapter_off(self) -> Iterator[None]:
+        """Inside, the LLM is the untouched base model, for every thread that uses it."""
+        # PEFT's own disable_adapter() makes frozen adapters trainable again on its way out.
+        kept = [layer._disable_adapters for layer in self._adapter_layers]
+        for layer in self._adapter_layers:
+            layer._disable_adapters = True
+        try:
+            yield
+        finally:
+            for layer, value in zip(self._adapter_layers, kept, strict=True):
+                layer._disable_adapters = value
+
+    @torch.no_grad()
+    def _check_head(self) -> None:
+        """Compares our logits with the model's on two tokens: no family with a rule of its own may pass unseen."""
+        ids = torch.tensor([[self.vocab_size // 2, self.vocab_size // 3]], device=self.device)
+        training = self.model.training
+        self.model.eval()
+        theirs = self.model(input_ids=ids, use_cache=False).logits
+        ours = self.logits(self.hidden_states(self.embedding(ids), attention_mask=torch.ones_like(ids))[0])
+        self.model.train(training)
+        if not torch.allclose(ours.float(), theirs.float(), rtol=1e-2, atol=1e-2 * float(theirs.abs().max())):
+            raise ConfigError(
+                f"{type(self.base).__name__} makes its logits in a way that anygen does not know; "
+                "known are a plain head, logit_scale, logits_scaling, lm_head_multiplier, final_logit_softcapping"
+            )
+
+
+@contextmanager
+def _bars_on_terminals_alone() -> Iterator[None]:
+    """transformers draws its progress bars into logs and pipes too."""
+    from transformers.utils import logging
+
+    hide = logging.is_progress_bar_enabled() and not sys.stderr.isatty()
+    if hide:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if hide:
+            logging.enable_progress_bar()
+
+
+def _logit_scaling(model: "PreTrainedModel") -> tuple[float, float | None]:
+    """The factor and the soft cap that the family's configuration names; 1 and None for a plain head."""
+    config: Any = model.config.get_text_config()
+    scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere
+    scale *= float(getattr(config, "lm_head_multiplier", None) or 1.0)  # Falcon-H1
+    scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite
+    return scale, getattr(config, "final_logit_softcapping", None)

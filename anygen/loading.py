@@ -1,0 +1,175 @@
+"""From what a user says (a name, "cuda", "bf16") to a directory, a device, a type, and generators loaded on demand."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Lock
+from typing import Any, cast
+
+import torch
+
+from anygen import hub
+from anygen.errors import AnyGenError, CheckpointError, ConfigError, ModalityError, OutOfMemoryError
+from anygen.generators.base import Generator
+from anygen.model import CONFIG
+from anygen.model_config import AnyGenConfig, OutputConfig, SourceConfig
+from anygen.registry import lookup
+
+DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+}
+
+
+def model_directory(name_or_dir: str | os.PathLike[str] | None) -> Path:
+    """The directory of an anygen model.
+
+    Raises:
+        HubError, CheckpointError: as `hub.resolve`; CheckpointError also if it holds something else.
+    """
+    directory = hub.resolve(name_or_dir)
+    if not (directory / CONFIG).is_file():
+        raise CheckpointError(f"{directory} is not an anygen model: it has no {CONFIG}")
+    return directory
+
+
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """The device asked for, by default the first that is there of CUDA, Apple's MPS and the CPU.
+
+    Raises:
+        ConfigError: it is unknown, or this machine does not have it.
+    """
+    there = [name for name, module in (("cuda", torch.cuda), ("mps", torch.backends.mps)) if module.is_available()]
+    there.append("cpu")
+    if device is None:
+        return torch.device(there[0])
+    try:
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ConfigError(f"there is no device '{device}'; here there are: {', '.join(there)}") from None
+    if chosen.type not in there or (chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count()):
+        raise ConfigError(f"the device '{chosen}' is not available; here there are: {', '.join(there)}")
+    return chosen
+
+
+def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The type asked for, by default bfloat16 on CUDA and float32 elsewhere.
+
+    Raises:
+        ConfigError: it is none that weights can have.
+    """
+    if dtype is None:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    chosen = DTYPES.get(str(dtype).removeprefix("torch."))
+    if chosen is None:
+        raise ConfigError(f"dtype '{dtype}' is not one of float32, bfloat16, float16")
+    return chosen
+
+
+class Generators(Mapping[str, Generator]):
+    """Modality -> generator, each loaded when it is first asked for and kept.
+
+    Args:
+        sources: modality -> a function that loads its generator, or the generator.
+    """
+
+    def __init__(self, sources: Mapping[str, Generator | Callable[[], Generator]]) -> None:
+        self._sources, self._lock = dict(sources), Lock()
+
+    @classmethod
+    def of(
+        cls, directory: Path, config: AnyGenConfig, wanted: Sequence[str], device: torch.device, dtype: torch.dtype
+    ) -> "Generators":
+        """Those of a model's directory.
+
+        Raises:
+            ModalityError: the model has no generator for a wanted modality.
+            CheckpointError: a generator's directory is missing.
+        """
+        sources: dict[str, Generator | Callable[[], Generator]] = {}
+        for modality in wanted:
+            if modality not in config.outputs:
+                has = ", ".join(config.outputs) or "none"
+                raise ModalityError(f"the model has no generator for {modality}; it has: {has}")
+            output = config.outputs[modality]
+            find_generator(directory, output.generator.source, fetch=False)
+            sources[modality] = lambda output=output: load_generator(directory, output, device, dtype)
+        return cls(sources)
+
+    def __getitem__(self, modality: str) -> Generator:
+        with self._lock:
+            source = self._sources[modality]
+            if not isinstance(source, Generator):
+                self._sources[modality] = source = source()
+        return source
+
+    def __contains__(self, modality: object) -> bool:
+        return modality in self._sources
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sources)
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+    def loaded(self) -> dict[str, Generator]:
+        """Those that have been loaded."""
+        return {modality: source for modality, source in self._sources.items() if isinstance(source, Generator)}
+
+
+def find_generator(directory: Path, source: SourceConfig, *, fetch: bool = True) -> Path | None:
+    """Where a generator lies; None if it would have to be fetched and may not.
+
+    Raises:
+        CheckpointError: it should lie inside the model's directory, and does not.
+        HubError: it cannot be fetched.
+    """
+    if source.path is None:
+        return hub.resolve(f"{source.repo}@{source.revision}" if source.revision else source.repo) if fetch else None
+    if not (directory / source.path).is_dir():
+        raise CheckpointError(
+            f"the generator is missing: there is no directory {directory / source.path}; "
+            "load without it by generators=False"
+        )
+    return directory / source.path
+
+
+def load_generator(directory: Path, output: OutputConfig, device: torch.device, dtype: torch.dtype) -> Generator:
+    """One generator of a model's directory, on its device."""
+    from anygen.progress import quiet_libraries
+
+    part = output.generator
+    where = cast(Path, find_generator(directory, part.source))
+    with quiet_libraries(diffusers=True), memory():
+        return lookup("generator", part.name).from_pretrained(where, device=device, dtype=dtype, **part.options)
+
+
+@contextmanager
+def memory() -> Iterator[None]:
+    """Inside, running out of memory is told with what helps.
+
+    Raises:
+        OutOfMemoryError: the device or the machine has too little.
+    """
+    try:
+        yield
+    except AnyGenError:
+        raise
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise OutOfMemoryError(_REMEDY.format(_first_line(error))) from error
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):
+            raise
+        raise OutOfMemoryError(_REMEDY.format(_first_line(error))) from error
+
+
+_REMEDY = "not enough memory ({}); lower batch_size, pass dtype='bfloat16', restrict generators=[…], or device='cpu'"
+
+
+def _first_line(error: Any) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,579 @@
+"""The whole path in one object: messages in, replies out.
+
+```
+messages ─ encoders ─ LLM ─ output projectors ─► plan ─ generators ─► reply
+           └───────────── plan() ────────────┘          └─ render() ─┘
+```
+
+`pipe(x)` is `render(plan(x))`; `stream(x)` does the same event by event.
+"""
+
+import os
+import secrets
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Generator as PythonGenerator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self, cast, overload
+
+import torch
+from torch import Tensor
+
+from anygen import decoding
+from anygen.decoding import Answer, DecodingConfig, Run, collect, decode
+from anygen.errors import ConfigError, ModalityError
+from anygen.features import Condition, Features
+from anygen.generators.base import Generator, StepCallback
+from anygen.loading import Generators, choose_device, choose_dtype, memory, model_directory
+from anygen.media import Media, MediaLimits
+from anygen.messages import Message, TextPart, is_batch, parse_batch, parse_one
+from anygen.model import AnyGenModel
+from anygen.model_config import AnyGenConfig
+from anygen.progress import progress_bars, quiet_libraries
+from anygen.prompts import Prompt
+from anygen.reply import MadePart, PlannedPart, Reply, ReplyPart, caption_of
+from anygen.streaming import Event, Finished, MediaDone, MediaStarted, TextDelta, steps_of
+
+if TYPE_CHECKING:
+    from anygen.chat import Chat
+    from anygen.model_info import ModelInfo
+
+_SEEDS = 2**63
+_DRAWN_SEEDS = 2**31
+
+
+class AnyGenPipeline:
+    """Any mix of text and media in, an interleaved answer out.
+
+        >>> from anygen import AnyGenPipeline
+        >>> pipe = AnyGenPipeline.from_pretrained()
+        >>> reply = pipe("Draw a red apple.", seed=7)
+        >>> reply.images
+        [Image(128×128)]
+        >>> pipe(["What is this?", reply.images[0]]).images
+        []
+
+    Args:
+        model: encoders, LLM and projectors, in evaluation mode.
+        generators: output modality -> generator.
+
+    Attributes:
+        model: as given.
+        generators: as given; those of a directory are loaded when first used, and stay.
+        limits: which media to refuse.
+        allow_urls: whether messages may name media by http and https addresses.
+    """
+
+    def __init__(self, model: AnyGenModel, generators: Mapping[str, Generator] | None = None) -> None:
+        self.model = model
+        self.generators = generators if isinstance(generators, Generators) else Generators(generators or {})
+        self.limits = MediaLimits()
+        self.allow_urls = False
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_dir: str | os.PathLike[str] | None = None,
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        offload: str | None = None,
+        quantization: str | None = None,
+        generators: Collection[str] | bool | None = None,
+    ) -> Self:
+        """Loads a model: the embedded default, a directory, or a name that `hub.resolve` knows.
+
+        Args:
+            name_or_dir: None is the embedded default, anygen-mini.
+            device: by default CUDA, else Apple's MPS, else the CPU.
+            dtype: of LLM and generators; by default bfloat16 on CUDA and float32 elsewhere.
+            offload: reserved.
+            quantization: reserved.
+            generators: the modalities that may be made; by default all that the model has. False loads none: the
+                pipeline then plans, and another one renders.
+
+        Raises:
+            HubError: there is no such model.
+            CheckpointError: it is damaged, or is no anygen model.
+            ConfigError: device or dtype are unknown or not there, or `offload` or `quantization` is asked for.
+            ModalityError: the model has no generator for one of `generators`.
+        """
+        for name, value in (("offload", offload), ("quantization", quantization)):
+            if value is not None:
+                raise ConfigError(f"{name} is not supported yet, got {value!r}; leave it out")
+        chosen = choose_device(device)
+        kind = choose_dtype(dtype, chosen)
+        directory = model_directory(name_or_dir)
+        settings = AnyGenConfig.load(directory / "anygen.json")
+        wanted = list(settings.outputs) if generators in (None, True) else list(cast(Any, generators) or ())
+        makers = Generators.of(directory, settings, wanted, chosen, kind)
+        with quiet_libraries(), memory():
+            model = AnyGenModel.from_pretrained(directory, dtype=kind, device=chosen)
+        return cls(model, makers)
+
+    def save_pretrained(self, directory: str | Path, *, overwrite: bool = False) -> None:
+        """Writes a directory that `from_pretrained` reads, with checksums, whole or not at all.
+
+        Args:
+            directory: new or empty.
+            overwrite: replaces a model's directory.
+
+        Raises:
+            OutputError: the directory is not empty, or the disk refuses.
+        """
+        from anygen.saving import save_model
+
+        save_model(Path(directory), self.model, self.generators, overwrite=overwrite)
+
+    @property
+    def name(self) -> str:
+        """What replies call the model."""
+        origin = self.model.origin
+        return self.model.settings.name or (origin.resolve().name if origin is not None else "")
+
+    @property
+    def device(self) -> torch.device:
+        """Where encoders, LLM and projectors are."""
+        return self.model.device
+
+    @property
+    def drawable(self) -> list[str]:
+        """The modalities that a plan may hold: those with a generator; all of the model's if there is none here."""
+        outputs = self.model.settings.outputs
+        return [m for m in outputs if m in self.generators] if self.generators else list(outputs)
+
+    def generator(self, modality: str) -> Generator:
+        """The generator of a modality, loaded if it was not.
+
+        Raises:
+            ModalityError: there is none here; says which there are.
+        """
+        if modality not in self.generators:
+            here = ", ".join(self.generators) or "none"
+            raise ModalityError(f"there is no generator for {modality} in this pipeline; it has: {here}")
+        return self.generators[modality]
+
+    @overload
+    def __call__(  # pyright: ignore[reportOverlappingOverload]
+        self, prompt: list[str] | list[list[Any]], **options: Any
+    ) -> list[Reply]: ...
+    @overload
+    def __call__(self, prompt: object, **options: Any) -> Reply: ...
+    def __call__(  # pyright: ignore[reportInconsistentOverload]  # the overloads tell the result's type alone
+        self,
+        prompt: object,
+        *,
+        seed: int | Sequence[int] | None = None,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        max_new_tokens: int = 256,
+        max_media: int = 8,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        batch_size: int = 16,
+        progress: bool | None = None,
+    ) -> Reply | list[Reply]:
+        """Answers a prompt, or a list of prompts together.
+
+            >>> pipe("What is the capital of France?").text
+            'The capital of France is Paris.'
+            >>> [len(reply.images) for reply in pipe(["Draw a cat.", "Draw a dog."], seed=1)]
+            [1, 1]
+
+        Args:
+            prompt: a string, a media value, a list that mixes both, messages in the chat format, or a list of
+                strings or lists, which is a batch. See `anygen.messages`.
+            seed: decides noise and draws: medium k is made with seed + k. One for all prompts, so that each is
+                answered as it would be alone, or one a prompt; by default drawn at random, and told in the reply.
+            steps: the generator's steps; by default its own.
+            guidance_scale: how much a medium follows its condition; by default the generator's own.
+            max_new_tokens: the longest answer; one medium counts as its signal tokens.
+            max_media: the most media in one answer.
+            temperature: 0 takes the likeliest words; above, they are drawn.
+            top_p: draws from the likeliest words that together have this probability.
+            batch_size: prompts, and media, that go through together.
+            progress: shows bars on stderr; by default if that is a terminal.
+
+        Returns:
+            A reply, or for a batch a list of them.
+
+        Raises:
+            MessageError: the prompt is empty or of no known form, or longer than the LLM reads.
+            MediaError: media in it cannot be read.
+            ModalityError: the model cannot read a modality, or has no generator for one; says which it has.
+            ConfigError: an option is out of range.
+            OutOfMemoryError: the device has too little; says what helps.
+        """
+        _check_steps(steps)
+        plan = self.plan(
+            prompt,
+            seed=seed,
+            max_new_tokens=max_new_tokens,
+            max_media=max_media,
+            temperature=temperature,
+            top_p=top_p,
+            batch_size=batch_size,
+        )
+        return self.render(plan, steps=steps, guidance_scale=guidance_scale, batch_size=batch_size, progress=progress)
+
+    @overload
+    def plan(  # pyright: ignore[reportOverlappingOverload]
+        self, prompt: list[str] | list[list[Any]], **options: Any
+    ) -> list[Reply]: ...
+    @overload
+    def plan(self, prompt: object, **options: Any) -> Reply: ...
+    def plan(  # pyright: ignore[reportInconsistentOverload]  # the overloads tell the result's type alone
+        self,
+        prompt: object,
+        *,
+        seed: int | Sequence[int] | None = None,
+        max_new_tokens: int = 256,
+        max_media: int = 8,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        batch_size: int = 16,
+    ) -> Reply | list[Reply]:
+        """Encoders, LLM and output projectors only: replies whose media parts carry their conditions.
+
+            >>> plan = pipe.plan("Draw a red apple.", seed=7)
+            >>> plan.is_plan
+            True
+            >>> pipe.render(plan) == pipe("Draw a red apple.", seed=7)
+            True
+
+        Takes and raises the same as a call.
+        """
+        conversations = parse_batch(prompt, limits=self.limits, allow_urls=self.allow_urls)
+        config = _decoding(max_new_tokens, max_media, temperature, top_p)
+        seeds = _seeds(seed, len(conversations))
+        plans: list[Reply] = []
+        for batch in _chunks(len(conversations), batch_size):
+            plans += self._plan(conversations[batch], seeds[batch], config)
+        return plans if is_batch(prompt) else plans[0]
+
+    @overload
+    def render(self, plan: Reply, **options: Any) -> Reply: ...
+    @overload
+    def render(self, plan: Sequence[Reply], **options: Any) -> list[Reply]: ...
+    def render(  # pyright: ignore[reportInconsistentOverload]
+        self,
+        plan: Reply | Sequence[Reply],
+        *,
+        seed: int | Sequence[int] | None = None,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        batch_size: int = 16,
+        progress: bool | None = None,
+    ) -> Reply | list[Reply]:
+        """Makes the media of plans; those of all plans go through a generator together.
+
+        Args:
+            plan: of `plan`, here or in another process; one, or several.
+            seed: by default each plan's own.
+            steps, guidance_scale, batch_size, progress: as in a call.
+
+        Raises:
+            ModalityError: there is no generator here for a planned part.
+            ConfigError: a plan was made for another generator, or an option is out of range.
+            OutOfMemoryError: the device has too little; says what helps.
+        """
+        _check_steps(steps)
+        plans = [plan] if isinstance(plan, Reply) else list(plan)
+        if seed is not None:
+            plans = [replace(p, seed=s) for p, s in zip(plans, _seeds(seed, len(plans)), strict=True)]
+        clock = _Clock()
+        content = [list(p.content) for p in plans]
+        for modality, places in _places(plans).items():
+            made = self._generate(
+                self.generator(modality),
+                [cast(PlannedPart, content[row][column]) for row, column, _ in places],
+                [number for _, _, number in places],
+                batch_size=batch_size,
+                progress=progress,
+                steps=steps,
+                guidance_scale=guidance_scale,
+            )
+            for (row, column, _), part in zip(places, made, strict=True):
+                content[row][column] = part
+        clock.lap("generators")
+        options = _asked(steps=steps, guidance_scale=guidance_scale)
+        replies = [
+            replace(p, content=tuple(parts), options=options, timings=dict(p.timings) | clock.laps) if p.is_plan else p
+            for p, parts in zip(plans, content, strict=True)
+        ]
+        return replies[0] if isinstance(plan, Reply) else replies
+
+    def stream(
+        self,
+        prompt: object,
+        *,
+        seed: int | None = None,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        max_new_tokens: int = 256,
+        max_media: int = 8,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+    ) -> Iterator[Event]:
+        """Answers one prompt event by event; a medium is begun as soon as the LLM has asked for it.
+
+            >>> from anygen.streaming import Finished, TextDelta
+            >>> for event in pipe.stream("Draw a red apple.", seed=7):
+            ...     if isinstance(event, TextDelta):
+            ...         print(event.text, end="")
+            ...     if isinstance(event, Finished):
+            ...         reply = event.reply
+
+        Everything is checked before the first event is asked for. Takes and raises the same as a call; a list of
+        strings is one message here.
+        """
+        _check_steps(steps)
+        conversation = parse_one(prompt, limits=self.limits, allow_urls=self.allow_urls)
+        config = _decoding(max_new_tokens, max_media, temperature, top_p)
+        given = self.model.prompts.prompt(conversation)
+        chosen = _seeds(seed, 1)[0]
+        return self._stream(conversation, given, chosen, config, steps=steps, guidance_scale=guidance_scale)
+
+    def chat(self, *, system: str | None = None, **options: Any) -> "Chat":
+        """A conversation that remembers what was said and shown.
+
+            >>> chat = pipe.chat(seed=3)
+            >>> reply = chat.send("Draw a red apple.")
+            >>> reply = chat.send("Now a green one.")
+            >>> [message.role for message in chat.history]
+            ['user', 'assistant', 'user', 'assistant']
+
+        Args:
+            system: instructions that come first; by default those of the LLM's own template.
+            **options: of a call, for every answer.
+        """
+        from anygen.chat import Chat
+
+        return Chat(self, system=system, **options)
+
+    def info(self) -> "ModelInfo":
+        """Parts, sizes, licences, trainable parameters and the modality matrix; `print` it.
+
+            >>> print(pipe.info().reads, pipe.info().makes)
+            ('text', 'image') ('text', 'image')
+
+        Raises:
+            ConfigError: the pipeline was put together in code and has no directory.
+        """
+        from anygen.model_info import describe
+
+        if self.model.origin is None:
+            raise ConfigError("this pipeline has no directory to read about; save_pretrained and load it first")
+        return describe(self.model.origin)
+
+    def _plan(
+        self, conversations: Sequence[list[Message]], seeds: Sequence[int], config: DecodingConfig
+    ) -> list[Reply]:
+        clock = _Clock()
+        with memory():
+            prompts = [self.model.prompts.prompt(messages) for messages in conversations]
+            media = self._read(prompts)
+            if media:
+                clock.lap("encoders")
+            events = decode(self.model, prompts, media=media, config=config, seeds=seeds, drawable=self.drawable)
+            answers = collect(events, len(prompts))
+            contents = self._project(answers, [messages[-1].text for messages in conversations])
+        clock.lap("llm")
+        return [
+            Reply(
+                content=content,
+                prompt=messages[-1].text,
+                model=self.name,
+                seed=seed,
+                finish=answer.reason,
+                timings=dict(clock.laps),
+            )
+            for messages, answer, content, seed in zip(conversations, answers, contents, seeds, strict=True)
+        ]
+
+    def _read(self, prompts: Sequence[Prompt]) -> dict[str, Features]:
+        """modality -> the features of all media in the prompts, in reading order."""
+        media: dict[str, list[Media]] = {}
+        for part in (part for prompt in prompts for part in prompt.media):
+            media.setdefault(part.modality, []).append(part.media)
+        features = {}
+        for modality, values in media.items():
+            encoder = cast(Any, self.model.encoders[modality])
+            tensors = {name: tensor.to(self.device) for name, tensor in encoder.preprocess(values).items()}
+            features[modality] = self.model.encode(modality, tensors)
+        return features
+
+    def _project(self, answers: Sequence[Answer], prompts: Sequence[str]) -> list[tuple[ReplyPart, ...]]:
+        """Answers -> contents; the runs of all answers are projected together."""
+        conditions: dict[str, Iterator[Condition]] = {}
+        for modality in {run.modality for answer in answers for run in answer.runs}:
+            states = [run.states for answer in answers for run in answer.runs if run.modality == modality]
+            conditions[modality] = iter(self._conditions(modality, torch.stack(states)))
+        contents: list[tuple[ReplyPart, ...]] = []
+        for answer, prompt in zip(answers, prompts, strict=True):
+            parts: list[ReplyPart] = []
+            for part in answer.parts:
+                if isinstance(part, Run):
+                    condition = next(conditions[part.modality])
+                    parts.append(PlannedPart(part.modality, condition, caption_of(parts, prompt)))
+                else:
+                    parts.append(TextPart(part))
+            contents.append(tuple(parts))
+        return contents
+
+    @torch.no_grad()
+    def _conditions(self, modality: str, states: Tensor) -> list[Condition]:
+        """float[M, S, D] -> M conditions of one sample each, float32 on the CPU."""
+        condition = self.model.project(modality, states).to("cpu", torch.float32)
+        return [condition[row] for row in range(len(condition))]
+
+    def _generate(
+        self,
+        generator: Generator,
+        parts: Sequence[PlannedPart],
+        seeds: Sequence[int],
+        *,
+        batch_size: int,
+        progress: bool | None,
+        **options: Any,
+    ) -> list[MadePart]:
+        """Media of one modality, in batches."""
+        media: list[Media] = []
+        batches = _chunks(len(parts), batch_size)
+        with progress_bars(shown=progress) as bars:
+            task = bars.add_task(f"{generator.modality} × {len(parts)}", total=None)
+            for number, batch in enumerate(batches):
+
+                def on_step(done: int, total: int, number: int = number) -> None:
+                    bars.update(task, completed=number * total + done, total=len(batches) * total)
+
+                media += self._make(generator, parts[batch], seeds[batch], on_step, **options)
+        return [
+            MadePart(part.modality, value, part.caption, seed)
+            for part, value, seed in zip(parts, media, seeds, strict=True)
+        ]
+
+    def _make(
+        self,
+        generator: Generator,
+        parts: Sequence[PlannedPart],
+        seeds: Sequence[int],
+        on_step: StepCallback,
+        **options: Any,
+    ) -> list[Media]:
+        condition = generator.condition_spec.check(Condition.cat([part.condition for part in parts]))
+        with memory():
+            return generator.generate(condition.to(self.device), seeds=seeds, on_step=on_step, **options)
+
+    def _stream(
+        self, conversation: Sequence[Message], given: Prompt, seed: int, config: DecodingConfig, **options: Any
+    ) -> Iterator[Event]:
+        clock, prompt = _Clock(), conversation[-1].text
+        parts: list[ReplyPart] = []
+        finish: Literal["stop", "length"] = "stop"
+        made = 0
+        with memory():
+            media = self._read([given])
+            if media:
+                clock.lap("encoders")
+            events = decode(self.model, [given], media=media, config=config, seeds=[seed], drawable=self.drawable)
+            for event in events:
+                match event:
+                    case decoding.TextDelta(text=text):
+                        if parts and isinstance(last := parts[-1], TextPart):
+                            parts[-1] = TextPart(last.text + text)
+                        else:
+                            parts.append(TextPart(text))
+                        yield TextDelta(text)
+                    case Run(modality=modality, states=states):
+                        part = PlannedPart(
+                            modality, self._conditions(modality, states[None])[0], caption_of(parts, prompt)
+                        )
+                        clock.lap("llm")
+                        yield MediaStarted(modality, made, part.caption)
+                        parts.append((yield from self._make_stepwise(part, made, seed + made, **options)))
+                        clock.lap("generators")
+                        made += 1
+                    case decoding.End(reason=reason):
+                        finish = reason
+        clock.lap("llm")
+        yield Finished(
+            Reply(
+                content=tuple(parts),
+                prompt=prompt,
+                model=self.name,
+                seed=seed,
+                finish=finish,
+                options=_asked(**options) if made else {},
+                timings=clock.laps,
+            )
+        )
+
+    def _make_stepwise(
+        self, part: PlannedPart, index: int, seed: int, **options: Any
+    ) -> PythonGenerator[Event, None, MadePart]:
+        generator = self.generator(part.modality)
+        media = yield from steps_of(index, lambda on_step: self._make(generator, [part], [seed], on_step, **options))
+        made = MadePart(part.modality, media[0], part.caption, seed)
+        yield MediaDone(index, made)
+        return made
+
+
+class _Clock:
+    """Seconds by stage; a stage may be entered again."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.laps[stage] = self.laps.get(stage, 0.0) + now - self._last
+        self._last = now
+
+
+def _places(plans: Sequence[Reply]) -> dict[str, list[tuple[int, int, int]]]:
+    """modality -> (plan, part, seed) of all that is to be made."""
+    places: dict[str, list[tuple[int, int, int]]] = {}
+    for row, plan in enumerate(plans):
+        index = 0
+        for column, part in enumerate(plan.content):
+            if isinstance(part, PlannedPart):
+                places.setdefault(part.modality, []).append((row, column, plan.seed + index))
+            index += not isinstance(part, TextPart)
+    return places
+
+
+def _chunks(count: int, size: int) -> list[slice]:
+    if size < 1:
+        raise ConfigError(f"batch_size is at least 1, got {size}")
+    return [slice(start, start + size) for start in range(0, count, size)]
+
+
+def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
+    """One seed a prompt."""
+    if seed is None:
+        return [secrets.randbelow(_DRAWN_SEEDS) for _ in range(count)]
+    given = [seed] * count if isinstance(seed, int) or not isinstance(seed, Sequence) else list(seed)
+    if len(given) != count:
+        raise ConfigError(f"{count} prompts need one seed or {count}, got {len(given)}")
+    for value in given:
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < _SEEDS:
+            raise ConfigError(f"a seed is a whole number from 0 to 2^63 - 1, got {value!r}")
+    return cast(list[int], given)
+
+
+def _check_steps(steps: int | None) -> None:
+    if steps is not None and steps < 1:
+        raise ConfigError(f"steps is at least 1, got {steps}")
+
+
+def _decoding(max_new_tokens: int, max_media: int, temperature: float, top_p: float) -> DecodingConfig:
+    if max_media < 0:
+        raise ConfigError(f"max_media is not negative, got {max_media}")
+    return DecodingConfig(max_new_tokens=max_new_tokens, max_runs=max_media, temperature=temperature, top_p=top_p)
+
+
+def _asked(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}

@@ -1,0 +1,52 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from anygen.errors import ConfigError
+from anygen.model_config import AnyGenConfig, SourceConfig
+
+SHORT = {
+    "llm": {"repo": "smollm2-135m-instruct"},
+    "modalities": {
+        "image": {
+            "output": {
+                "signal_tokens": 4,
+                "condition": {"prompt_embeds": [77, 768]},
+                "generator": {"name": "stable_diffusion", "source": {"path": "generators/image"}},
+            }
+        }
+    },
+}
+
+
+def test_the_configuration_round_trips_through_disk(tiny_config: AnyGenConfig, tmp_path: Path) -> None:
+    tiny_config.save(tmp_path / "anygen.json")
+    assert AnyGenConfig.load(tmp_path / "anygen.json") == tiny_config
+    assert (list(tiny_config.inputs), list(tiny_config.outputs)) == (["image"], ["image", "audio"])
+    assert tiny_config.slots == {"image": 2}
+
+
+def test_the_shortest_configuration_fits() -> None:
+    config = AnyGenConfig.from_dict(SHORT)
+    assert config.inputs == {} and config.outputs["image"].condition == {"prompt_embeds": (77, 768)}
+    assert config.outputs["image"].projector.name == "text_fc"
+
+
+def test_a_misspelt_key_is_named_with_its_place() -> None:
+    with pytest.raises(ConfigError, match="unknown key 'modalities.image.output.signal_token'"):
+        output = SHORT["modalities"]["image"]["output"] | {"signal_token": 4}
+        AnyGenConfig.from_dict(SHORT | {"modalities": {"image": {"output": output}}})
+
+
+def test_a_part_lies_in_one_place_inside_the_directory() -> None:
+    with pytest.raises(ConfigError, match="'path' stays inside the model's directory, got '../elsewhere'"):
+        SourceConfig(path="../elsewhere")
+    with pytest.raises(ConfigError, match="either a 'path' inside the model's directory or a 'repo', not both"):
+        SourceConfig(path="llm", repo="org/llm")
+
+
+def test_reading_it_needs_no_torch() -> None:
+    code = "import sys, anygen.model_config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,82 @@
+"""Batches, augmentation and run of the encoder's contrastive training."""
+
+import json
+from itertools import islice, pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from anygen.encoders.imagebind import ImageBindEncoder
+from anygen.media import Image
+from anygen.training.contrastive import ConceptBatches, ContrastiveRecipe, augment, train
+from anygen.training.icons import IconSet
+from anygen.training.pictures import PictureSource
+from anygen.training.tokenizer import train_tokenizer
+
+CONTEXT = 24
+
+
+@pytest.fixture(scope="module")
+def tokenizer():  # noqa: ANN201
+    from anygen.training.captions import caption_corpus
+    from anygen.training.icons import Concept
+
+    words = "red circle ball blue square green triangle purple bar plank beam orange cross black diamond"
+    concepts = [Concept(str(n), word, (), 7) for n, word in enumerate(words.split())]
+    return train_tokenizer(caption_corpus(concepts, 0), vocab_size=400, context=CONTEXT).backend_tokenizer
+
+
+def test_each_concept_is_shown_twice_in_two_styles(icons: IconSet, tokenizer) -> None:
+    recipe = ContrastiveRecipe(icons="", concepts_per_batch=4, variants=2)
+    batches = ConceptBatches(recipe, PictureSource(icons, seed=0), tokenizer, CONTEXT)
+    for pixels, names, captions, concepts in islice(batches, 3):
+        assert pixels.shape == (8, 3, 32, 32) and names.shape == captions.shape == (8, CONTEXT)
+        assert torch.equal(concepts[0::2], concepts[1::2]) and len(set(concepts.tolist())) == 4
+    for concept, row in zip(batches.concepts.tolist(), batches.icons.tolist(), strict=True):
+        assert {int(icons.concept[icon]) for icon in row} == {concept}
+        assert all(icons.style[a] != icons.style[b] for a, b in pairwise(row))
+
+
+def test_names_and_captions_name_the_concept(icons: IconSet, tokenizer) -> None:
+    batches = ConceptBatches(ContrastiveRecipe(icons=""), PictureSource(icons, seed=0), tokenizer, CONTEXT)
+    _, names, captions, concepts = next(iter(batches))
+    for ids in (names, captions):
+        for row, number in zip(ids.tolist(), concepts.tolist(), strict=True):
+            concept, text = icons.concepts[number], tokenizer.decode(row)
+            assert any(name in text for name in (concept.label, *concept.aliases)), text
+
+
+def test_augmenting_keeps_range_and_treats_samples_apart() -> None:
+    torch.manual_seed(0)
+    pixels = torch.rand(1, 3, 32, 32).expand(16, -1, -1, -1).clone()
+    changed = augment(pixels)
+    assert changed.shape == pixels.shape and 0 <= changed.min() and changed.max() <= 1
+    assert len({tuple(picture.flatten().tolist()) for picture in changed}) == 16
+
+
+def test_augmenting_moves_little_and_mirrors_nothing() -> None:
+    torch.manual_seed(0)
+    pixels = torch.zeros(64, 3, 32, 32)
+    pixels[:, :, 4:12, 4:12] = 1  # in the top left corner
+    light = augment(pixels).mean(1)
+    light = (light - light.flatten(1).median(1).values[:, None, None]).abs()  # a negative is as good
+    corners = torch.stack([light[:, :16, :16], light[:, :16, 16:], light[:, 16:, :16], light[:, 16:, 16:]], 1)
+    assert bool((corners.mean((2, 3)).argmax(1) == 0).all())
+
+
+def test_a_run_writes_an_encoder(large_icons_dir: Path, tmp_path: Path) -> None:
+    figures = train(
+        ContrastiveRecipe(icons=str(large_icons_dir), vocab_size=400, concepts_per_batch=3, steps=2), tmp_path
+    )
+    assert set(figures) == {"naming_3D", "naming_cartoon", "naming_emojione"}
+    assert all(0 <= share <= 1 for share in figures.values())
+    one, other = (ImageBindEncoder.from_pretrained(tmp_path / "imagebind", modality="image") for _ in range(2))
+    pixels = IconSet.load(large_icons_dir, styles=("flat",)).pixels[:2, :3].float() / 255
+    inputs = one.preprocess([Image.from_any(picture) for picture in pixels])
+    values = one(**inputs).values
+    assert torch.equal(values, other(**inputs).values) and not torch.equal(values[0], values[1])
+    text = ImageBindEncoder.from_pretrained(tmp_path / "imagebind", modality="text")
+    assert text(**text.preprocess(["a red circle"])).values.shape[-1] == one.feature_dim
+    rows = [json.loads(line) for line in (tmp_path / "contrastive.jsonl").read_text().splitlines()]
+    assert rows[1]["step"] == 2 and rows[1]["images"] == 12 and rows[-1]["final"]

@@ -1,0 +1,113 @@
+"""The image generator's latents, objective and run."""
+
+import json
+import random
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from anygen.generators.stable_diffusion import EMBEDS, StableDiffusionGenerator
+from anygen.training.diffusion import DiffusionRecipe, LatentPool, _Objective, build_scheduler, build_text, build_unet
+from anygen.training.icons import IconSet
+from anygen.training.losses import snr_weights
+from anygen.training.pictures import PictureSource
+
+TINY = DiffusionRecipe(
+    icons="", vae="", channels=(32, 32, 32), text_width=32, text_layers=1, context=24, vocab_size=400, pool=8
+)
+
+
+@pytest.fixture(scope="module")
+def vae(trained_vae: tuple[Path, dict[str, float]]) -> Any:
+    from diffusers import AutoencoderKL
+
+    vae: Any = AutoencoderKL.from_pretrained(trained_vae[0] / "vae", torch_dtype=torch.float32)
+    vae.register_to_config(scaling_factor=0.5)  # untrained, it is near 1
+    return vae
+
+
+def test_the_schedule_ends_in_pure_noise() -> None:
+    kept = build_scheduler().alphas_cumprod
+    assert kept[0] > 0.999 and kept[-1] < 1e-6 and bool((kept.diff() < 0).all())
+
+
+def test_the_objective_is_the_weighted_velocity_loss(icons: IconSet) -> None:
+    from diffusers import DDPMScheduler
+
+    torch.manual_seed(0)
+    text, scheduler = build_text(TINY, icons), build_scheduler()
+    unet = build_unet(TINY, latent_channels=4, side=4)
+    latents, noise, times = torch.randn(3, 4, 4, 4), torch.randn(3, 4, 4, 4), torch.tensor([3, 500, 990])
+    tokens = text.tokenize(["a red circle", "", "two blue squares"])
+    loss = _Objective(unet, text.encoder, scheduler.alphas_cumprod, min_snr=5.0)(latents, tokens, noise, times)
+    reference: Any = DDPMScheduler.from_config(dict(scheduler.config), clip_sample=False)
+    predicted = unet(reference.add_noise(latents, noise, times), times, encoder_hidden_states=text(tokens)).sample
+    squared = (predicted - reference.get_velocity(latents, noise, times)).square().mean((1, 2, 3))
+    weights = snr_weights(scheduler.alphas_cumprod, times, 5.0, "v_prediction").clamp(min=0.1)
+    torch.testing.assert_close(loss, (weights * squared).mean())
+
+
+def test_the_pool_holds_the_source_s_pictures_as_latents(icons: IconSet, vae: Any) -> None:
+    text = build_text(TINY, icons)
+    torch.manual_seed(0)
+    pool = LatentPool(TINY, PictureSource(icons, seed=4), vae, text)
+    (batch,) = islice(PictureSource(icons, seed=4).batches(8), 1)
+    posterior = vae.encode(batch.pixels * 2 - 1).latent_dist
+    z = (pool.latents.float() / vae.config.scaling_factor - posterior.mean) / posterior.std
+    assert pool.latents.shape == (8, 4, 4, 4) and 0.8 < z.std() < 1.2 and z.mean().abs() < 0.2
+
+
+def test_pool_captions_name_what_the_pictures_show(icons: IconSet, vae: Any) -> None:
+    text = build_text(TINY, icons)
+    pool = LatentPool(TINY, PictureSource(icons, seed=4), vae, text)
+    (batch,) = islice(PictureSource(icons, seed=4).batches(8), 1)
+    for row, icon in enumerate(batch.icons):
+        concept = icons.concepts[int(icons.concept[icon])]
+        for caption in text.tokenizer.batch_decode(pool.tokens[row], skip_special_tokens=True):
+            assert any(name in caption for name in (concept.label, *concept.aliases)), caption
+
+
+def test_dropout_empties_that_share_of_captions(icons: IconSet, vae: Any) -> None:
+    pool = LatentPool(TINY, PictureSource(icons, seed=4), vae, build_text(TINY, icons))
+    torch.manual_seed(0)
+    for dropout, low, high in ((0.0, 0.0, 0.0), (0.25, 0.2, 0.3), (1.0, 1.0, 1.0)):
+        empty = (pool.draw(1000, dropout)[1] == pool.empty).all(1).float().mean().item()
+        assert low <= empty <= high
+
+
+def test_a_run_writes_a_generator_that_draws(trained_generator: tuple[Path, dict[str, float]]) -> None:
+    out, figures = trained_generator
+    assert figures["steps"] == 2 and 0 < figures["loss"] < 100
+    one, other = (StableDiffusionGenerator.from_pretrained(out / "generator") for _ in range(2))
+    assert one.size == (32, 32) and one.condition_spec.shapes == {EMBEDS: (24, 32)}
+    assert (one.defaults.steps, one.defaults.guidance_scale) == (2, 2.0)
+    captions = ["a red circle, in the flat style", "two blue squares"]
+    (a, b), (same, _) = (g.generate(g.encode_text(captions), seeds=[1, 2]) for g in (one, other))
+    assert a == same and a != b and a.size == (32, 32)
+    torch.testing.assert_close(one.encode_text([""]).tensors[EMBEDS][0], one.unconditional, rtol=0, atol=2e-3)
+
+
+def test_a_run_stores_half_precision_and_its_log(trained_generator: tuple[Path, dict[str, float]]) -> None:
+    from safetensors.torch import load_file
+
+    out, _ = trained_generator
+    for part in ("unet", "vae", "text_encoder"):
+        for file in (out / "generator" / part).glob("*.safetensors"):
+            assert {tensor.dtype for tensor in load_file(file).values()} <= {torch.float16, torch.int64}
+    rows = [json.loads(line) for line in (out / "diffusion.jsonl").read_text().splitlines()]
+    assert rows[0]["pool"] == 32 and rows[1]["unet"] > 0 and rows[-1]["step"] == 2
+    assert (out / "samples.png").exists()
+
+
+def test_the_text_encoder_and_the_unet_both_learn(icons: IconSet) -> None:
+    text, scheduler = build_text(TINY, icons), build_scheduler()
+    unet = build_unet(TINY, latent_channels=4, side=4)
+    objective = _Objective(unet, text.encoder, scheduler.alphas_cumprod, min_snr=5.0)
+    tokens = text.tokenize([random.Random(0).choice(icons.concepts).label] * 2)
+    objective(torch.randn(2, 4, 4, 4), tokens, torch.randn(2, 4, 4, 4), torch.tensor([100, 900])).backward()
+    learns = {name for name, p in objective.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    assert any(name.startswith("text.") and "token_embedding" in name for name in learns)
+    assert any(name.startswith("unet.down_blocks.0.attentions") for name in learns)

@@ -1,0 +1,162 @@
+"""Decoder alignment on kept states: trains output projectors alone, with the LLM read once for every caption.
+
+While the LLM, its adapter and the signal rows stand still, the states at a run are fixed numbers. They are computed
+once, in the contexts in which runs are emitted, kept beside the targets, and the projector is trained on them for as
+many passes as it needs: no LLM, no generator and no picture is in memory then. Source: caption-only alignment,
+MM-LLMs survey (arXiv:2401.13601) eq. 4; NExT-GPT (arXiv:2309.05519) section 4.2.
+
+Shapes: M runs, S signal tokens, D LLM width.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from anygen.config import Config
+from anygen.generators.stable_diffusion import EMBEDS, StableDiffusionGenerator
+from anygen.losses import AlignmentConfig
+from anygen.messages import MediaPart
+from anygen.model import AnyGenModel, positions
+from anygen.prompts import pad
+from anygen.training.captions import Drawing
+from anygen.training.icons import TRAINED_STYLES
+from anygen.training.instruction import attention_metric
+from anygen.training.loop import Progress, RunLog, bf16_on_gpu
+from anygen.training.pictures import load_icons
+from anygen.training.requests import Conversation, Conversations
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AlignmentRecipe(Config):
+    """Everything that decides the result."""
+
+    icons: str
+    """Directory of the built icon set, for its names."""
+    model: str
+    """Directory of the model whose output projector is trained."""
+    generator: str
+    """Directory of the trained image generator, whose text encoder gives the targets."""
+    llm: str = "smollm2-135m-instruct"
+    checksum: str | None = None
+    """The icon set's checksum; None accepts any."""
+    contexts: int = 60_000
+    """Conversations that are read: every name in every style first, then free ones."""
+    read_batch: int = 32
+    batch_size: int = 256
+    steps: int = 20_000
+    minutes: float | None = None
+    learning_rate: float = 1e-3
+    ema: float = 0.998
+    seed: int = 0
+
+
+def contexts(conversations: Conversations, count: int, seed: int) -> list[Conversation]:
+    """Conversations of words that end with pictures: each concept in each style and in none, then random ones."""
+    rng = random.Random(seed)
+    plain = [
+        Drawing(label=concept.label, style=style)
+        for concept in conversations.concepts
+        for style in (None, *TRAINED_STYLES)
+    ]
+    rng.shuffle(plain)
+    made = [conversations.ask_for(drawing, rng) for drawing in plain[:count]]
+    while len(made) < count:
+        made.append(conversations.free_request(rng))
+    return made
+
+
+@torch.inference_mode()
+def read_states(model: AnyGenModel, items: Sequence[Conversation], batch_size: int) -> tuple[Tensor, list[str]]:
+    """The states at every run of the conversations: float16[M, S, D] and the M captions, in the items' order.
+
+    What all conversations begin with (the template's system turn) is read once. Conversations are read in the order
+    of their length, so that little is padding.
+    """
+    examples = [model.prompts.example(item.messages).ids for item in items]
+    shared = next(
+        (n for n, column in enumerate(zip(*examples, strict=False)) if len(set(column)) > 1),
+        min(len(ids) for ids in examples) - 1,
+    )
+    device = model.device
+    start = torch.tensor([examples[0][:shared]], device=device)
+    states: list[Tensor | None] = [None] * len(items)
+    order = sorted(range(len(items)), key=lambda number: len(examples[number]))
+    for first in range(0, len(order), batch_size):
+        rows = order[first : first + batch_size]
+        ids, mask = (part.to(device) for part in pad([examples[row][shared:] for row in rows], 0))
+        seen = torch.cat([mask.new_ones(len(rows), shared), mask], 1)
+        _, cache = model.llm.hidden_states(model.embed(start.expand(len(rows), -1)), use_cache=True)
+        hidden, _ = model.llm.hidden_states(
+            model.embed(ids), attention_mask=seen, position_ids=positions(seen)[:, shared:], cache=cache
+        )
+        starts = model.signal_tokens.run_starts(ids, "image")
+        columns = starts[:, 1:] + torch.arange(len(model.signal_tokens.runs["image"]), device=device)
+        picked = hidden[starts[:, :1], columns].to(torch.float16).cpu()
+        for line, row in enumerate(rows):
+            states[row] = picked[starts[:, 0].cpu() == line]
+    captions = [
+        str(part.media)
+        for item in items
+        for message in item.messages
+        if message.role == "assistant"
+        for part in message.parts
+        if isinstance(part, MediaPart)
+    ]
+    return torch.cat([part for part in states if part is not None]), captions
+
+
+def train(recipe: AlignmentRecipe, out: Path) -> dict[str, float]:
+    """Runs the recipe and writes `out/model`, where only the output projector is new."""
+    from anygen import hub
+
+    torch.manual_seed(recipe.seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    log = RunLog(out, "alignment")
+    icons = load_icons(recipe.icons, recipe.checksum)
+    generator = StableDiffusionGenerator.from_pretrained(recipe.generator, device=device)
+    llm_directory = hub.resolve(recipe.llm)
+    model = AnyGenModel.from_pretrained(
+        recipe.model, dtype=torch.bfloat16, device=device, encoders=False, resolve=lambda _: llm_directory
+    )
+    items = contexts(Conversations(icons.concepts, [], recipe.seed), recipe.contexts, recipe.seed)
+    states, captions = read_states(model, items, recipe.read_batch)
+    log.write(read=len(states), contexts=len(items))
+    with torch.inference_mode():
+        targets = torch.cat(
+            [
+                generator.encode_text(captions[row : row + 512]).tensors[EMBEDS].to(torch.float16).cpu()
+                for row in range(0, len(captions), 512)
+            ]
+        )
+    states, targets = states.to(device), targets.to(device)
+    model.alignment = AlignmentConfig(mse=1.0)
+    model.set_metric("image", {EMBEDS: attention_metric(generator.unet)})
+    projector = model.output_projectors["image"].train()
+    optimizer = torch.optim.AdamW(projector.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    average = torch.optim.swa_utils.AveragedModel(
+        projector, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(recipe.ema)
+    )
+    progress = Progress(recipe.steps, recipe.minutes)
+    while not progress.done:
+        for group in optimizer.param_groups:
+            group["lr"] = progress.learning_rate(recipe.learning_rate, warmup=100)
+        rows = torch.randint(len(states), (recipe.batch_size,), device=device)
+        with bf16_on_gpu(device):
+            condition = model.project("image", states[rows].float())
+            loss = model.alignment_loss("image", condition, {EMBEDS: targets[rows].float()})
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(projector.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update_parameters(projector)
+        progress.step += 1
+        if progress.step % 100 == 0 or progress.done:
+            log.write(step=progress.step, loss=loss.item())
+    projector.load_state_dict(average.module.state_dict())
+    model.save_pretrained(out / "model", dtype=torch.bfloat16, parts=False)
+    log.write(final=True, step=progress.step, loss=loss.item())
+    return {"steps": float(progress.step), "loss": loss.item()}

@@ -1,0 +1,259 @@
+"""Trains the image generator of the embedded default: UNet and text encoder together, on latents kept on the device.
+
+Source: Rombach et al. 2022 (arXiv:2112.10752), where the text encoder of the text-to-image model is trained with the
+UNet; velocity target (arXiv:2202.00512), zero terminal signal-to-noise ratio (arXiv:2305.08891), min-SNR weighting
+(arXiv:2303.09556).
+"""
+
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from anygen.config import Config
+from anygen.generators.stable_diffusion import SamplingDefaults, StableDiffusionGenerator, TextConditioner
+from anygen.training.captions import canonical, caption_corpus, said, varied
+from anygen.training.icons import IconSet
+from anygen.training.loop import AveragedWeights, Progress, RunLog, bf16_on_gpu, save_grid, start
+from anygen.training.pictures import PictureSource, load_icons
+from anygen.training.tokenizer import train_tokenizer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DiffusionRecipe(Config):
+    """Everything that decides the result."""
+
+    icons: str
+    """Directory of the built icon set."""
+    vae: str
+    """Directory of the trained autoencoder."""
+    checksum: str | None = None
+    """The icon set's checksum; None accepts any."""
+    channels: tuple[int, ...] = (128, 224, 288)
+    transformer_layers: tuple[int, ...] = (1, 1, 1)
+    layers_per_block: int = 1
+    text_width: int = 256
+    text_layers: int = 4
+    context: int = 32
+    """Tokens of a caption, and of the condition."""
+    vocab_size: int = 4096
+    pool: int = 200_000
+    """Composed pictures that are encoded once and drawn from."""
+    batch_size: int = 512
+    steps: int = 16_000
+    minutes: float | None = None
+    learning_rate: float = 8e-4
+    ema: float = 0.9995
+    caption_dropout: float = 0.1
+    min_snr: float = 5.0
+    compile: bool = False
+    sampling: SamplingDefaults = field(default_factory=lambda: SamplingDefaults(steps=16, guidance_scale=3.5))
+    seed: int = 0
+
+
+def build_unet(recipe: DiffusionRecipe, latent_channels: int, side: int) -> Any:
+    """The untrained UNet: cross-attention at the two finer levels and in the middle."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=side,
+        in_channels=latent_channels,
+        out_channels=latent_channels,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=recipe.channels,
+        layers_per_block=recipe.layers_per_block,
+        transformer_layers_per_block=recipe.transformer_layers,
+        cross_attention_dim=recipe.text_width,
+        attention_head_dim=8,
+        norm_num_groups=32,
+    )
+
+
+def build_text(recipe: DiffusionRecipe, icons: IconSet) -> TextConditioner:
+    """The untrained text encoder, and its tokenizer trained on captions of every concept."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    corpus = caption_corpus(icons.concepts, recipe.seed)
+    tokenizer = train_tokenizer(corpus, vocab_size=recipe.vocab_size, context=recipe.context)
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=recipe.text_width,
+        intermediate_size=4 * recipe.text_width,
+        num_hidden_layers=recipe.text_layers,
+        num_attention_heads=4,
+        max_position_embeddings=recipe.context,
+        hidden_act="gelu",
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return TextConditioner(CLIPTextModel(config), tokenizer)
+
+
+def build_scheduler() -> Any:
+    """DPM-Solver++ over the scaled-linear schedule, rescaled so that the last step is pure noise."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    return DPMSolverMultistepScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        final_sigmas_type="zero",
+    )
+
+
+class LatentPool:
+    """Composed pictures as latents, each with two captions, on the training device."""
+
+    def __init__(self, recipe: DiffusionRecipe, source: PictureSource, vae: Any, text: TextConditioner) -> None:
+        rng, icons = random.Random(recipe.seed + 1), source.icons
+        size = min(512, recipe.pool)
+        latents, captions = [], []
+        batches = source.batches(size)
+        for _ in range(max(1, recipe.pool // size)):
+            batch = next(batches)
+            with torch.no_grad():
+                pixels = (batch.pixels * 2 - 1).to(vae.dtype).contiguous(memory_format=torch.channels_last)
+                posterior = vae.encode(pixels).latent_dist
+                latents.append((posterior.sample() * vae.config.scaling_factor).to(torch.bfloat16))
+            for icon, drawing in zip(batch.icons, batch.drawings, strict=True):
+                concept = icons.concepts[int(icons.concept[icon])]
+                captions.append(canonical(said(drawing, concept, rng, open_style=0.08)))
+                captions.append(varied(said(drawing, concept, rng), rng))
+        self.latents = torch.cat(latents)
+        self.tokens = text.tokenize(captions).view(len(self.latents), 2, -1).to(self.latents.device)
+        self.empty = text.tokenize([""])[0].to(self.latents.device)
+
+    def draw(self, size: int, dropout: float) -> tuple[Tensor, Tensor]:
+        """float[B, c, h, w] latents and int64[B, L] captions, a share of them empty."""
+        device = self.latents.device
+        rows = torch.randint(len(self.latents), (size,), device=device)
+        tokens = self.tokens[rows, torch.randint(2, (size,), device=device)]
+        dropped = torch.rand(size, 1, device=device) < dropout
+        return self.latents[rows].float(), torch.where(dropped, self.empty, tokens)
+
+
+class _Objective(nn.Module):
+    """Text encoder, UNet and loss in one module, so that it compiles as one graph."""
+
+    def __init__(self, unet: Any, text: Any, alphas_cumprod: Tensor, min_snr: float) -> None:
+        super().__init__()
+        self.unet, self.text, self.min_snr = unet, text, min_snr
+        self.alphas_cumprod: Tensor
+        self.register_buffer("alphas_cumprod", alphas_cumprod.clone())
+
+    def forward(self, latents: Tensor, tokens: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        """The velocity loss, weighted by min(SNR, gamma) / (SNR + 1)."""
+        kept = self.alphas_cumprod[times][:, None, None, None]
+        signal, sigma = kept.sqrt(), (1 - kept).sqrt()
+        noisy = (signal * latents + sigma * noise).contiguous(memory_format=torch.channels_last)
+        embeds = self.text(input_ids=tokens).last_hidden_state
+        predicted = self.unet(noisy, times, encoder_hidden_states=embeds, return_dict=False)[0].float()
+        ratio = (kept / (1 - kept)).flatten()
+        weight = ratio.clamp(max=self.min_snr) / (ratio + 1)
+        # At pure noise the ratio is 0 and the weight would vanish, but there the velocity is all that sets the picture.
+        weight = weight.clamp(min=0.1)
+        squared = (predicted - (signal * noise - sigma * latents)).square().mean((1, 2, 3))
+        return (weight * squared).mean()
+
+
+def train(recipe: DiffusionRecipe, out: Path) -> dict[str, float]:
+    """Runs the recipe and writes `out/generator`, a diffusers folder in fp16."""
+    from diffusers import AutoencoderKL
+
+    accelerator = start(recipe.seed)
+    device, log = accelerator.device, RunLog(out, "diffusion")
+    icons = load_icons(recipe.icons, recipe.checksum)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    vae: Any = AutoencoderKL.from_pretrained(recipe.vae, torch_dtype=dtype)
+    vae = vae.to(device, memory_format=torch.channels_last).eval()
+    text, scheduler = build_text(recipe, icons), build_scheduler()
+    pool = LatentPool(recipe, PictureSource(icons, seed=recipe.seed, device=device), vae, text)
+    log.write(pool=len(pool.latents), latent_std=pool.latents.float().std().item())
+    unet = build_unet(recipe, vae.config.latent_channels, pool.latents.shape[-1])
+    objective: Any = _Objective(unet, text.encoder, scheduler.alphas_cumprod, recipe.min_snr)
+    parameters = [*unet.parameters(), *text.encoder.parameters()]
+    log.write(unet=sum(p.numel() for p in unet.parameters()), text=sum(p.numel() for p in text.encoder.parameters()))
+    optimizer: Any = torch.optim.AdamW(
+        parameters, lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=device.type == "cuda"
+    )
+    objective = objective.to(memory_format=torch.channels_last)
+    objective, optimizer = accelerator.prepare(objective, optimizer)
+    average = AveragedWeights(accelerator.unwrap_model(objective), recipe.ema)
+    step_fn: Any = torch.compile(objective) if recipe.compile else objective
+
+    def pack() -> StableDiffusionGenerator:
+        conditioner = TextConditioner(average.module.text, text.tokenizer)
+        with torch.no_grad():
+            unconditional = conditioner(pool.empty[None])[0]
+        return StableDiffusionGenerator(
+            vae=vae,
+            unet=average.module.unet,
+            scheduler=scheduler,
+            unconditional=unconditional,
+            text=conditioner,
+            defaults=recipe.sampling,
+        )
+
+    progress = Progress(recipe.steps, recipe.minutes)
+    while not progress.done:
+        for group in optimizer.param_groups:
+            group["lr"] = progress.learning_rate(recipe.learning_rate, warmup=300)
+        latents, tokens = pool.draw(recipe.batch_size, recipe.caption_dropout)
+        times = torch.randint(scheduler.config.num_train_timesteps, (len(latents),), device=device)
+        with bf16_on_gpu(device):
+            loss = step_fn(latents, tokens, torch.randn_like(latents), times)
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update(accelerator.unwrap_model(objective), progress.step)
+        progress.step += 1
+        if progress.step % 250 == 0 or progress.done:
+            log.write(step=progress.step, loss=loss.item(), images=progress.step * recipe.batch_size)
+        if progress.step % 4000 == 0:
+            show(pack(), out / f"samples-{progress.step}.png", dtype)
+    generator = pack()
+    show(generator, out / "samples.png", dtype)
+    save_half(generator, Path(recipe.vae), out / "generator")
+    log.write(final=True, step=progress.step, loss=loss.item())
+    return {"loss": loss.item(), "steps": float(progress.step)}
+
+
+SHOWN = (
+    "a red apple, in the 3D style",
+    "a dog, in the flat style, on a blue background",
+    "three trumpets, in the cartoon style",
+    "a small rocket on the left, in the sticker style, in the sky",
+    "a tiger, in the retro style",
+    "a guitar, in the 3D style, in a forest",
+    "two pizzas, in the flat style, on a pink background",
+    "a face with tears of joy",
+)
+
+
+def show(generator: StableDiffusionGenerator, path: Path, dtype: torch.dtype) -> None:
+    """Draws each caption of SHOWN with four seeds."""
+    condition = generator.encode_text([caption for caption in SHOWN for _ in range(4)])
+    with torch.autocast(generator.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        latents = generator.sample(condition, seeds=list(range(4)) * len(SHOWN))
+    save_grid(generator.decode(latents), path, columns=8)
+
+
+def save_half(generator: StableDiffusionGenerator, vae: Path, out: Path) -> None:
+    """Writes the generator in fp16; the autoencoder is copied as it was trained."""
+    from diffusers import AutoencoderKL
+
+    generator.vae = AutoencoderKL.from_pretrained(vae, torch_dtype=torch.float16)
+    generator.unet.half()
+    generator.text.encoder.half()
+    generator.unconditional = generator.unconditional.half()
+    generator.save_pretrained(out)
