@@ -28,12 +28,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = _parser().parse_args(arguments)
         module, function = options.run.split(":")
         _calm_libraries()
-        return getattr(import_module(module), function)(options)
+        code = getattr(import_module(module), function)(options)
+        sys.stdout.flush()  # a reader that is gone is found out here, not on the interpreter's way out
+        return code
     except AnyGenError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
         return _fail("interrupted", code=130)
-    except BrokenPipeError:  # `anygen … | head`: the reader is gone, and Python would complain once more on its way out
+    except BrokenPipeError:  # `anygen … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
@@ -44,10 +46,12 @@ def _fail(message: str, *, code: int = 2) -> int:
 
 
 def _calm_libraries() -> None:
-    """Keeps the libraries' own notes, warnings and bars off the terminal."""
+    """Keeps the libraries' own notes, warnings and bars off the terminal, and their threads from spinning."""
     for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
         os.environ.setdefault(name, "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns when a process forks, as `data build` does
+    # OpenMP's threads wait by spinning: on two cores with anything else to do, an answer then takes 3 to 30 times as long
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if sys.warnoptions:
         return
     warnings.simplefilter("ignore")

@@ -28,7 +28,14 @@ from anygen.sources import MediaLimits, sniff
 @register_media
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Video(Media):
-    """A clip without sound."""
+    """A clip without sound.
+
+        >>> clip = Video(np.zeros((12, 32, 32, 3), np.uint8), fps=8)
+        >>> clip
+        Video(12 frames, 32×32, 8 fps)
+        >>> Video.from_path(clip.save("black.gif")).seconds
+        1.5
+    """
 
     modality = "video"
     suffixes = (".mp4", ".gif", ".webp")
@@ -160,7 +167,14 @@ class Video(Media):
 @register_media
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Audio(Media):
-    """A sound."""
+    """A sound.
+
+        >>> tone = Audio(0.5 * np.sin(np.linspace(0, 440 * 2 * np.pi, 16000)), 16000)
+        >>> tone
+        Audio(1.00 s, 1 × 16,000 Hz)
+        >>> tone.samples.shape, tone.samples.dtype
+        ((1, 16000), dtype('float32'))
+    """
 
     modality = "audio"
     suffixes = (".wav", ".flac", ".ogg")

@@ -35,6 +35,12 @@ class Image(Media):
 
     Whatever comes in becomes RGB with 8 bits: transparency is composed on white, 16 bits are scaled, the EXIF
     orientation is applied, CMYK, grey and palette pictures are converted.
+
+        >>> picture = Image.from_any(np.zeros((8, 16, 3), np.uint8))  # or a path, bytes, a PIL image, a tensor
+        >>> picture
+        Image(16×8)
+        >>> Image.from_path(picture.save("black.png", metadata={"seed": 7})) == picture
+        True
     """
 
     modality = "image"

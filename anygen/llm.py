@@ -215,8 +215,13 @@ class LLM(nn.Module):
             raise CheckpointError(f"the adapter in {directory} does not fit: {'; '.join(faults[:8])}{more}")
         set_peft_model_state_dict(self.model, state)
 
-    def save_adapter(self, directory: str | Path, *, base_name: str | None = None) -> None:
-        """Writes PEFT's format, naming the base model `base_name` (PEFT would write this machine's path)."""
+    def save_adapter(
+        self, directory: str | Path, *, base_name: str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        """Writes PEFT's format, naming the base model `base_name` (PEFT would write this machine's path).
+
+        `dtype` is the type to store the weights in, their own by default.
+        """
         from peft import get_peft_model_state_dict
         from safetensors.torch import save_file
 
@@ -229,7 +234,8 @@ class LLM(nn.Module):
             config.save_pretrained(str(directory))
         finally:
             config.base_model_name_or_path, config.inference_mode = kept
-        state = {k: v.detach().cpu().contiguous() for k, v in get_peft_model_state_dict(self.model).items()}
+        weights = get_peft_model_state_dict(self.model).items()
+        state = {k: v.detach().cpu().to(dtype or v.dtype).contiguous() for k, v in weights}
         save_file(state, directory / "adapter_model.safetensors", metadata={"format": "pt"})
 
     def save_base(self, directory: str | Path) -> None:

@@ -258,7 +258,7 @@ class AnyGenModel(nn.Module):
 
         Args:
             directory: made if it is not there.
-            dtype: the type to store the projectors in; their own by default. Signal rows stay float32.
+            dtype: the type to store projectors and adapter in; their own by default. Signal rows stay float32.
             parts: whether to write the encoders and the LLM too, where the configuration has them inside. What was
                 loaded from a directory is copied from there. Generators are the pipeline's to write.
         """
@@ -277,7 +277,8 @@ class AnyGenModel(nn.Module):
         rows = {key: value.detach().cpu() for key, value in self.signal_tokens.state_dict().items()}
         save_file(rows, directory / f"{SIGNAL_TOKENS}.safetensors", metadata={"format": "pt"})
         if self.llm.has_adapter:
-            self.llm.save_adapter(directory / ADAPTER, base_name=self.settings.llm.repo or self.settings.llm.path)
+            base = self.settings.llm.repo or self.settings.llm.path
+            self.llm.save_adapter(directory / ADAPTER, base_name=base, dtype=dtype)
         elif (directory / ADAPTER).exists():
             shutil.rmtree(directory / ADAPTER)
         if parts:

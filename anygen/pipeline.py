@@ -124,7 +124,8 @@ class AnyGenPipeline:
         """
         from anygen.saving import save_model
 
-        save_model(Path(directory), self.model, self.generators, overwrite=overwrite)
+        with quiet_libraries():
+            save_model(Path(directory), self.model, self.generators, overwrite=overwrite)
 
     @property
     def name(self) -> str:
@@ -324,6 +325,7 @@ class AnyGenPipeline:
             ...         print(event.text, end="")
             ...     if isinstance(event, Finished):
             ...         reply = event.reply
+            Here is a red apple.
 
         Everything is checked before the first event is asked for. Takes and raises the same as a call; a list of
         strings is one message here.

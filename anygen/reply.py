@@ -28,6 +28,8 @@ from anygen.messages import MediaPart, Message, TextPart
 
 _PLAN = "anygen-plan"
 """Under this key a plan's file has its words, as JSON."""
+_SHOWS = re.compile(r"(here|this|that|there)(\s+(is|are)|['’]s)\s+", flags=re.IGNORECASE)
+"""How a sentence begins that presents a medium."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,16 @@ ReplyPart = TextPart | MadePart | PlannedPart
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reply:
-    """An answer of the model, or the plan of one."""
+    """An answer of the model, or the plan of one.
+
+        >>> reply = pipe("Draw a red apple.", seed=7)
+        >>> [type(part).__name__ for part in reply.content]
+        ['TextPart', 'MadePart']
+        >>> reply.images, reply.seed
+        ([Image(128×128)], 7)
+        >>> [path.suffix for path in reply.save("out")]
+        ['.png']
+    """
 
     content: tuple[ReplyPart, ...]
     """Text and media as they came; no two texts stand together."""
@@ -265,8 +276,9 @@ def caption_of(parts: Sequence[object], prompt: str) -> str:
 
 def slug(caption: str, length: int = 40) -> str:
     """Words for a file's name: 'Here is a red apple, in the flat style.' gives 'a-red-apple'."""
-    sentence = re.split(r"(?<=[.!?])\s", caption.strip())[-1]
-    sentence = re.sub(r"^(here|this|that|there)(\s+(is|are)|['’]s)\s+", "", sentence, flags=re.IGNORECASE)
+    sentences = re.split(r"(?<=[.!?])\s+", caption.strip())
+    sentence = next((s for s in sentences if _SHOWS.match(s)), sentences[-1])
+    sentence = _SHOWS.sub("", sentence)
     words = re.findall(r"\w+", sentence.split(",")[0].lower())
     kept: list[str] = []
     for word in words:

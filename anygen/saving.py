@@ -42,9 +42,12 @@ def save_model(
                 shutil.copytree(model.origin / path, temporary / path, dirs_exist_ok=True)
             elif modality in generators:
                 generators[modality].save_pretrained(temporary / path)
-        for document in _DOCUMENTS if model.origin is not None else ():
-            for found in model.origin.glob(document) if model.origin is not None else ():
-                shutil.copy2(found, temporary)
+        if model.origin is not None:
+            for document in (found for pattern in _DOCUMENTS for found in model.origin.glob(pattern)):
+                shutil.copy2(document, temporary)
+        mode = (temporary / CONFIG).stat().st_mode
+        for weights in temporary.rglob("*.safetensors"):
+            weights.chmod(mode)  # safetensors writes for the owner alone; a model may serve several users
         write_manifest(temporary)
 
 

@@ -26,8 +26,7 @@ from anygen.features import Condition, ConditionSpec
 from anygen.generators.base import Generator, StepCallback
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 EMBEDS = "prompt_embeds"
 
@@ -45,7 +44,8 @@ class SamplingDefaults(Config):
 class TextConditioner:
     """Captions -> prompt embeddings: the last hidden states of a CLIP text encoder, padded to its full context."""
 
-    def __init__(self, encoder: "CLIPTextModel", tokenizer: "PreTrainedTokenizerBase") -> None:
+    def __init__(self, encoder: Any, tokenizer: "PreTrainedTokenizerBase") -> None:
+        """Joins a `CLIPTextModel` and its tokenizer."""
         self.encoder, self.tokenizer = encoder, tokenizer
 
     def tokenize(self, captions: Sequence[str]) -> Tensor:
@@ -71,8 +71,8 @@ class StableDiffusionGenerator(Generator):
     def __init__(
         self,
         *,
-        vae: "AutoencoderKL",
-        unet: "UNet2DConditionModel",
+        vae: Any,
+        unet: Any,
         scheduler: Any,
         unconditional: Tensor,
         text: TextConditioner | Callable[[], TextConditioner],
@@ -81,8 +81,8 @@ class StableDiffusionGenerator(Generator):
         """Joins loaded parts.
 
         Args:
-            vae: maps pictures in [-1, 1] to latents and back.
-            unet: predicts noise or velocity from (latents, time, prompt embeddings).
+            vae: an `AutoencoderKL`; maps pictures in [-1, 1] to latents and back.
+            unet: a `UNet2DConditionModel`; predicts noise or velocity from (latents, time, prompt embeddings).
             scheduler: any diffusers scheduler; `generate` copies it, so that calls do not share state.
             unconditional: float[L, C], the empty caption's prompt embeddings.
             text: the text encoder, or a function that loads it when `encode_text` is first called.
@@ -110,8 +110,8 @@ class StableDiffusionGenerator(Generator):
             if not (directory / part).is_dir():
                 raise CheckpointError(f"{directory} is not a Stable Diffusion folder: it has no '{part}'")
         try:
-            vae = AutoencoderKL.from_pretrained(directory, subfolder="vae", torch_dtype=dtype)
-            unet = UNet2DConditionModel.from_pretrained(directory, subfolder="unet", torch_dtype=dtype)
+            vae: Any = AutoencoderKL.from_pretrained(directory, subfolder="vae", torch_dtype=dtype)
+            unet: Any = UNet2DConditionModel.from_pretrained(directory, subfolder="unet", torch_dtype=dtype)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{directory}: {error}") from error
         scheduler = DPMSolverMultistepScheduler.from_pretrained(directory, subfolder="scheduler")
@@ -119,7 +119,7 @@ class StableDiffusionGenerator(Generator):
         def load_text() -> TextConditioner:
             from transformers import AutoTokenizer, CLIPTextModel
 
-            encoder = CLIPTextModel.from_pretrained(directory / "text_encoder", dtype=dtype)
+            encoder: Any = CLIPTextModel.from_pretrained(directory / "text_encoder", dtype=dtype)
             tokenizer = AutoTokenizer.from_pretrained(directory / "tokenizer")
             return TextConditioner(encoder.to(unet.device).eval(), tokenizer)
 
@@ -128,7 +128,7 @@ class StableDiffusionGenerator(Generator):
             unconditional = load_file(stored)[EMBEDS].to(dtype)
         else:
             text = load_text()
-            with torch.inference_mode():
+            with torch.no_grad():
                 unconditional = text(text.tokenize([""]))[0]
         defaults = directory / "sampling.json"
         return cls(
@@ -194,7 +194,7 @@ class StableDiffusionGenerator(Generator):
             self._text.encoder.to(device)
         return self
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode: its tensors are targets of training
     def encode_text(self, captions: Sequence[str]) -> Condition:
         """B captions -> `prompt_embeds` float[B, L, C]."""
         ids = self.text.tokenize(captions).to(self.text.encoder.device)
@@ -280,7 +280,8 @@ class StableDiffusionGenerator(Generator):
             generator: for the posterior sample, the times and the noise.
         """
         if not isinstance(media, Tensor):
-            media = torch.stack([image.to_tensor() for image in media]) * 2 - 1
+            arrays = [torch.from_numpy(image.array).permute(2, 0, 1) for image in media]  # uint8[3, H, W]
+            media = torch.stack(arrays).float() / 127.5 - 1
         with torch.no_grad():
             posterior = self.vae.encode(media.to(self.device, self.vae.dtype)).latent_dist
             latents = posterior.sample(generator) * self.vae.config.scaling_factor

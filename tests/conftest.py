@@ -1,6 +1,8 @@
-"""A model of real classes at tiny width, for the tests of whatever the LLM is part of."""
+"""A model of real classes at tiny width, for the tests of whatever the LLM is part of; and the embedded default."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,6 +13,7 @@ if TYPE_CHECKING:
     from anygen.llm import LLM
     from anygen.model import AnyGenModel
     from anygen.model_config import AnyGenConfig
+    from anygen.pipeline import AnyGenPipeline
 
 CHATML = (
     "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
@@ -41,7 +44,7 @@ def tiny_tokenizer() -> "PreTrainedTokenizerFast":
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_llm(tiny_tokenizer: "PreTrainedTokenizerFast") -> "Callable[..., LLM]":
     """Makes a random Llama of width 32 in float32; arguments change its configuration."""
     import torch
@@ -137,3 +140,31 @@ def tiny_model(tiny_llm: "Callable[..., LLM]", tiny_config: "AnyGenConfig") -> "
         return model.eval()
 
     return make
+
+
+@pytest.fixture(scope="session")
+def embedded_default() -> Path:
+    """The directory of the model that ships inside the package."""
+    directory = Path(__file__).resolve().parent.parent / "anygen" / "assets" / "mini"
+    if not (directory / "manifest.json").is_file():
+        pytest.skip("this checkout lacks the weights of the embedded default (anygen/assets/mini)")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def default_pipeline(embedded_default: Path) -> "AnyGenPipeline":
+    """The embedded default on the CPU, loaded once for all tests; not to be changed."""
+    from anygen.pipeline import AnyGenPipeline
+
+    return AnyGenPipeline.from_pretrained(device="cpu")
+
+
+@pytest.fixture
+def quick_default(default_pipeline: "AnyGenPipeline", monkeypatch: pytest.MonkeyPatch) -> "AnyGenPipeline":
+    """The same with few steps by default, and what `AnyGenPipeline.from_pretrained()` gives inside the test."""
+    from anygen.pipeline import AnyGenPipeline
+
+    generator: Any = default_pipeline.generator("image")
+    monkeypatch.setattr(generator, "defaults", replace(generator.defaults, steps=2))
+    monkeypatch.setattr(AnyGenPipeline, "from_pretrained", lambda: default_pipeline)
+    return default_pipeline

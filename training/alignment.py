@@ -140,7 +140,7 @@ def train(recipe: AlignmentRecipe, out: Path) -> dict[str, float]:
     average = torch.optim.swa_utils.AveragedModel(
         projector, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(recipe.ema)
     )
-    progress = Progress(recipe.steps, recipe.minutes)
+    progress, loss = Progress(recipe.steps, recipe.minutes), torch.zeros(())
     while not progress.done:
         for group in optimizer.param_groups:
             group["lr"] = progress.learning_rate(recipe.learning_rate, warmup=100)

@@ -51,12 +51,15 @@ def build(recipe: AutoencoderRecipe) -> Any:
     if recipe.start is not None:
         return AutoencoderKL.from_pretrained(recipe.start, torch_dtype=torch.float32)
     levels = len(recipe.channels)
+    blocks: dict[str, Any] = {  # diffusers annotates these as one-tuples
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+        "block_out_channels": recipe.channels,
+    }
     return AutoencoderKL(
         in_channels=3,
         out_channels=3,
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=recipe.channels,
+        **blocks,
         layers_per_block=recipe.layers_per_block,
         latent_channels=recipe.latent_channels,
         norm_num_groups=16,

@@ -48,16 +48,13 @@ def compose(icons: Tensor, drawings: Sequence[Drawing], backgrounds: Tensor) -> 
     canvas = backgrounds
     for layer in range(max(len(spot) for spot in spots)):
         rows = [row for row, spot in enumerate(spots) if len(spot) > layer]
-        theta = torch.zeros(len(rows), 2, 3)
-        for line, row in enumerate(rows):
-            x, y, scale = spots[row][layer]
-            theta[line, 0, 0] = theta[line, 1, 1] = 1 / scale
-            theta[line, 0, 2], theta[line, 1, 2] = -2 * x / scale, -2 * y / scale
+        placed = [spots[row][layer] for row in rows]
+        theta = torch.tensor([((1 / s, 0, -2 * x / s), (0, 1 / s, -2 * y / s)) for x, y, s in placed])
         index = torch.tensor(rows, device=icons.device)
         source = premultiplied[index]
-        smallest = min(spots[row][layer][2] for row in rows)
-        if smallest < 0.6:  # bilinear sampling of a shrunk icon aliases: blur what will shrink
-            shrunk = torch.tensor([spots[row][layer][2] < 0.6 for row in rows], device=icons.device)
+        shrinks = [scale < 0.6 for _, _, scale in placed]
+        if any(shrinks):  # bilinear sampling of a shrunk icon aliases: blur what will shrink
+            shrunk = torch.tensor(shrinks, device=icons.device)
             soft = F.avg_pool2d(F.pad(source, (1, 0, 1, 0), mode="replicate"), 2, stride=1)
             source = torch.where(shrunk[:, None, None, None], soft, source)
         grid = F.affine_grid(theta.to(icons.device), list(source.shape), align_corners=False)

@@ -182,8 +182,8 @@ def train(recipe: ContrastiveRecipe, out: Path) -> dict[str, float]:
     icons = load_icons(recipe.icons, recipe.checksum)
     config = ImageBindConfig.mini(recipe.vocab_size)
     assert config.text is not None and config.vision is not None
-    config = replace(config, vision=replace(config.vision, drop_path=recipe.drop_path))
     context = config.text.context_length
+    config = replace(config, vision=replace(config.vision, drop_path=recipe.drop_path))
     corpus = caption_corpus(icons.concepts, recipe.seed)
     tokenizer = train_tokenizer(corpus, vocab_size=recipe.vocab_size, context=context).backend_tokenizer
     model = ImageBindModel(config)

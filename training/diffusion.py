@@ -58,6 +58,7 @@ def build_unet(recipe: DiffusionRecipe, latent_channels: int, side: int) -> Any:
     """The untrained UNet: cross-attention at the two finer levels and in the middle."""
     from diffusers import UNet2DConditionModel
 
+    transformers: dict[str, Any] = {"transformer_layers_per_block": recipe.transformer_layers}
     return UNet2DConditionModel(
         sample_size=side,
         in_channels=latent_channels,
@@ -66,7 +67,7 @@ def build_unet(recipe: DiffusionRecipe, latent_channels: int, side: int) -> Any:
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
         block_out_channels=recipe.channels,
         layers_per_block=recipe.layers_per_block,
-        transformer_layers_per_block=recipe.transformer_layers,
+        **transformers,
         cross_attention_dim=recipe.text_width,
         attention_head_dim=8,
         norm_num_groups=32,
@@ -106,6 +107,7 @@ def build_scheduler() -> Any:
         prediction_type="v_prediction",
         rescale_betas_zero_snr=True,
         timestep_spacing="trailing",
+        steps_offset=1,  # without effect here; StableDiffusionPipeline warns of 0
         final_sigmas_type="zero",
     )
 
@@ -203,7 +205,7 @@ def train(recipe: DiffusionRecipe, out: Path) -> dict[str, float]:
             defaults=recipe.sampling,
         )
 
-    progress = Progress(recipe.steps, recipe.minutes)
+    progress, loss = Progress(recipe.steps, recipe.minutes), torch.zeros(())
     while not progress.done:
         for group in optimizer.param_groups:
             group["lr"] = progress.learning_rate(recipe.learning_rate, warmup=300)

@@ -99,6 +99,9 @@ def evaluate(
     pictures, answers = draw_requests(model, generator, cases, batch_size)
     drawn = judge(cases, pictures, nearest, answers)
     reached = rows.share("text -> image, through LLM and output projector", [d.hit for d in drawn], bar=0.90)
+    names = Names(icons.concepts)
+    said = [case.concept in names.named(answer.text) for case, answer in zip(cases, answers, strict=True)]
+    rows.share("the words of these answers name what was asked for", said)
     rows.add("retention: LLM path / τ_X path", reached / ceiling if ceiling else 0.0, len(cases), bar=0.95)
 
     held_out = PictureSource(icons, seed=seed, device=generator.device, held_out=True)
@@ -120,8 +123,8 @@ def evaluate(
     foreign = name_pictures(model, on_white(unseen, chosen), shown, icons, seed=seed, batch_size=batch_size)
     rows.share(f"image -> text, held-out style {_HELD_OUT_STYLES[0]}", [n.hit for n in foreign], bar=0.60)
 
-    chat = held_out_chat()
-    rows.share("small talk: words alone, the base LLM's own", small_talk(model, chat[: most(len(chat))]), bar=0.95)
+    chat = held_out_chat()[:limit]
+    rows.share("small talk: words alone, the base LLM's own", small_talk(model, chat, batch_size), bar=0.95)
 
     for name, control in CONTROLS.items():
         cases = control_cases(icons, control, most(CONTROLLED), seed)

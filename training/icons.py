@@ -20,6 +20,7 @@ import unicodedata
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Self
 
@@ -129,15 +130,15 @@ def plain_words(text: str) -> str:
 
 def read_concepts(tarball: Path) -> list[Concept]:
     """Emojibase's base emoji without country flags and components, with the names that are theirs alone."""
-    files = read_files(tarball, prefix="en/", suffix=".json")
+    sources = read_files(tarball, prefix="en/", suffix=".json")
     entries = [
         entry
-        for entry in json.loads(files["en/data.json"])
+        for entry in json.loads(sources["en/data.json"])
         if entry.get("group") not in (None, 2) and not _COUNTRY_FLAG.match(entry["label"])
     ]
     names: dict[str, list[str]] = {}
     for source in ("iamcal", "github", "joypixels", "emojibase"):
-        for code, words in json.loads(files[f"en/shortcodes/{source}.json"]).items():
+        for code, words in json.loads(sources[f"en/shortcodes/{source}.json"]).items():
             listed = [words] if isinstance(words, str) else words
             names.setdefault(plain_code(code), []).extend(word.replace("_", " ") for word in listed)
     labels = Counter(plain_words(entry["label"]).lower() for entry in entries)
@@ -274,18 +275,21 @@ def _decode(blob: bytes) -> np.ndarray:
 
 
 def _webp_sources(tarball: Path) -> dict[str, bytes]:
-    files = read_files(tarball, prefix="assets/", suffix=".webp")
-    return {plain_code(Path(path).stem): blob for path, blob in files.items()}
+    """Code -> WebP, without the pictures of the package that are not Microsoft's own."""
+    foreign = files("anygen.training").joinpath("words/fluent3d_not_microsoft.json").read_text(encoding="utf-8")
+    left_out = {plain_code(code) for code in json.loads(foreign)}
+    found = {plain_code(Path(path).stem): blob for path, blob in read_files(tarball, suffix=".webp").items()}
+    return {code: blob for code, blob in found.items() if code not in left_out}
 
 
 def _svg_sources(tarball: Path, concepts: list[Concept]) -> dict[str, bytes]:
     """Code -> SVG. Sets with a table of characters are matched by code point, older ones by name."""
-    files = read_files(tarball, suffix=".json")
-    icons = json.loads(files["icons.json"])
+    sources = read_files(tarball, suffix=".json")
+    icons = json.loads(sources["icons.json"])
     known: dict[str, Any] = icons["icons"]
     for alias, target in icons.get("aliases", {}).items():
         known.setdefault(alias, known.get(target["parent"]))
-    named = {plain_code(code): name for code, name in json.loads(files["chars.json"]).items()}
+    named = {plain_code(code): name for code, name in json.loads(sources["chars.json"]).items()}
     if not named:
         slugs = {re.sub(r"[^a-z0-9]+", "-", c.label.lower()).strip("-"): c for c in reversed(concepts)}
         spare = {alias.replace(" ", "-"): c for c in reversed(concepts) for alias in c.aliases}
@@ -317,7 +321,7 @@ def _render(source: bytes) -> bytes:
         square = Image.new("RGBA", (SIDE, SIDE))
         square.paste(picture, ((SIDE - picture.width) // 2, (SIDE - picture.height) // 2))
         picture = square
-    if picture.getchannel("A").getextrema()[1] < 128:
+    if np.asarray(picture.getchannel("A")).max() < 128:
         return b""
     return _webp(picture)
 

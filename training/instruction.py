@@ -165,9 +165,10 @@ class InstructionTrainer(Trainer):
     def __init__(self, *args: Any, text_encoder: Any, recipe: InstructionRecipe, log: RunLog, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.text_encoder, self.recipe, self.log_file = text_encoder, recipe, log
-        self.sums = {"lm_loss": 0.0, "alignment_loss": 0.0}
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         """The model's own loss."""
         caption_ids = inputs.pop("caption_ids", None)
         if caption_ids is not None:

@@ -71,7 +71,7 @@ class AveragedWeights:
     """Exponential moving average of a module's parameters, with the usual ramp of the decay."""
 
     def __init__(self, module: nn.Module, decay: float) -> None:
-        self.module = copy.deepcopy(module).requires_grad_(False).eval()
+        self.module: Any = copy.deepcopy(module).requires_grad_(False).eval()
         self.decay = decay
 
     @torch.no_grad()

@@ -30,8 +30,8 @@ def self_prompts(llm: LLM, count: int, *, seed: int, batch_size: int = 256, max_
         max_new_tokens: longer turns are dropped.
     """
     torch.manual_seed(seed)
-    rendered = str(llm.tokenizer.apply_chat_template([{"role": "user", "content": "\ue000"}], tokenize=False))
-    opening = llm.tokenizer(rendered.split("\ue000")[0], return_tensors="pt", add_special_tokens=False)
+    rendered = llm.tokenizer.apply_chat_template([{"role": "user", "content": "\ue000"}], tokenize=False)
+    opening = llm.tokenizer(str(rendered).split("\ue000")[0], return_tensors="pt", add_special_tokens=False)
     kept: dict[str, None] = {}
     while len(kept) < count:
         ids = opening.input_ids.expand(batch_size, -1).to(llm.device)
@@ -46,7 +46,7 @@ def self_prompts(llm: LLM, count: int, *, seed: int, batch_size: int = 256, max_
         for row in made[:, ids.shape[1] :].tolist():
             if not any(token in llm.eos_ids for token in row):
                 continue  # cut off
-            text = llm.tokenizer.decode(row, skip_special_tokens=True)
+            text = str(llm.tokenizer.decode(row, skip_special_tokens=True))
             line = " ".join(text.split())
             if 8 <= len(line) <= 200 and line.isascii() and not _SHOWS.search(line):
                 kept.setdefault(line)

@@ -47,6 +47,7 @@ class PictureSource:
     ) -> None:
         self.icons, self.device, self.held_out = icons, torch.device(device), held_out
         self.pixels = icons.pixels.to(self.device)
+        self.panoramas = {name: view.to(self.device) for name, view in icons.panoramas.items()}
         self.rng = random.Random(seed)
 
     def batches(self, size: int) -> Iterator[PictureBatch]:
@@ -64,7 +65,7 @@ class PictureSource:
         """One picture of each icon of the list."""
         drawings = [self._draw(icon) for icon in icons]
         side = self.pixels.shape[-1]
-        grounds = make_backgrounds(drawings, self.icons.panoramas, side, self.rng, self.device)
+        grounds = make_backgrounds(drawings, self.panoramas, side, self.rng, self.device)
         return PictureBatch(compose(self.pixels[icons], drawings, grounds), icons, drawings)
 
     def _draw(self, icon: int) -> Drawing:

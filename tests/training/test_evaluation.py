@@ -284,12 +284,12 @@ def test_the_suite_measures_every_row(
     result = evaluate(model, {"image": generator}, icons_dir, limit=1, report=tmp_path / "report")
     bars = {row.name: row.bar for row in result.rows if row.bar is not None}
     assert list(bars.values()) == [0.95, 0.90, 0.95, 28, 0.97, 0.85, 0.60, 0.95]
-    assert [row.cases for row in result.rows][:5] == [1, 1, 1, 64, 3]
-    assert len(result.rows) == 17 and all(row.seed == 0 for row in result.rows)
+    assert [row.cases for row in result.rows][:5] == [1, 1, 1, 1, 64]
+    assert len(result.rows) == 18 and all(row.seed == 0 for row in result.rows)
     again = evaluate(model, {"image": generator}, icons_dir, limit=1)
     assert [(row.name, row.value) for row in again.rows] == [(row.name, row.value) for row in result.rows]
     read = json.loads(json.dumps(result.to_dict()))
-    assert read["model"] == "tiny" and read["rows"][3]["unit"] == "dB" and read["rows"][3]["met"] is False
+    assert read["model"] == "tiny" and read["rows"][4]["unit"] == "dB" and read["rows"][4]["met"] is False
     text = (tmp_path / "report" / "README.md").read_text(encoding="utf-8")
     assert all(row.name in text for row in result.rows)
     assert (tmp_path / "report" / "pictures.png").exists() and (tmp_path / "report" / "names.png").exists()

@@ -1,0 +1,38 @@
+import pytest
+import torch
+
+from anygen.errors import CheckpointError, ConfigError
+from anygen.features import Condition, ConditionSpec
+
+
+def two() -> Condition:
+    return Condition({"prompt_embeds": torch.arange(12.0).view(2, 3, 2), "mask": torch.tensor([[True], [False]])})
+
+
+def test_a_row_is_a_condition_of_its_own_and_rows_join_again() -> None:
+    condition = two()
+    assert len(condition) == 2 and len(condition[1]) == 1 and len(condition[-1]) == 1
+    joined = Condition.cat([condition[0], condition[1]])
+    for name, value in condition.tensors.items():
+        assert torch.equal(joined.tensors[name], value)
+    assert torch.equal(condition[-1].tensors["prompt_embeds"], condition[1].tensors["prompt_embeds"])
+
+
+def test_casting_leaves_masks_alone() -> None:
+    cast = two().to(dtype=torch.float16)
+    assert cast.tensors["prompt_embeds"].dtype == torch.float16
+    assert cast.tensors["mask"].dtype == torch.bool
+
+
+def test_conditions_of_different_kinds_do_not_join() -> None:
+    with pytest.raises(CheckpointError, match="different kinds cannot be joined"):
+        Condition.cat([two(), Condition({"prompt_embeds": torch.zeros(1, 3, 2)})])
+
+
+def test_a_spec_names_what_it_wants_and_what_it_got() -> None:
+    spec = ConditionSpec(shapes={"prompt_embeds": (3, 2), "mask": (1,)})
+    assert spec.check(two()) is not None
+    with pytest.raises(ConfigError, match=r"'prompt_embeds': \(3, 4\).* is wanted, got .*\(3, 2\)"):
+        ConditionSpec(shapes={"prompt_embeds": (3, 4), "mask": (1,)}).check(two())
+    with pytest.raises(ConfigError, match="is wanted, got"):
+        ConditionSpec(shapes={"prompt_embeds": (3, 2)}).check(two())

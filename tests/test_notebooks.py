@@ -1,0 +1,45 @@
+"""Every notebook runs from its first cell to its last, on the model that ships."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+LIMIT = 300
+"""Seconds a cell may take on a busy machine before the kernel is stopped."""
+PARAMETERS = {"STEPS": "2"}
+"""What the test puts into the cell tagged "parameters": fewer steps show as much."""
+
+
+def test_there_are_notebooks() -> None:
+    assert NOTEBOOKS
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs(path: Path, embedded_default: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import nbformat
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(path, as_version=4)
+    parameters = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
+    for name, value in PARAMETERS.items():
+        assert f"{name} = " in parameters.source
+        parameters.source += f"\n{name} = {value}"
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]))
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    NotebookClient(notebook, timeout=LIMIT, resources={"metadata": {"path": str(folder)}}).execute()
+    said = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert not [output for output in said if output.get("name") == "stderr"], "a user would see warnings"
+    assert any("<img" in output.get("data", {}).get("text/html", "") for output in said)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_kept_without_what_it_printed(path: Path) -> None:
+    import nbformat
+
+    cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    assert not [cell for cell in cells if cell.outputs or cell.execution_count is not None]

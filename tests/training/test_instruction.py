@@ -1,0 +1,178 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from anygen.encoders.imagebind import ImageBindEncoder
+from anygen.encoders.imagebind_config import ImageBindConfig, VisionConfig
+from anygen.errors import CheckpointError
+from anygen.generators.stable_diffusion import EMBEDS, StableDiffusionGenerator
+from anygen.manifest import verify
+from anygen.model import AnyGenModel
+from anygen.prompts import pad
+from anygen.training import alignment, instruction
+from anygen.training.assemble import assemble
+from anygen.training.icons import IconSet
+from anygen.training.pictures import PictureSource
+from anygen.training.requests import Conversations
+
+if TYPE_CHECKING:
+    from anygen.llm import LLM
+
+Parts = dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def parts(
+    icons_dir: Path,
+    trained_generator: tuple[Path, dict[str, float]],
+    tiny_llm: "Callable[..., LLM]",
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Parts:
+    """Directories of all that the recipe needs, at tiny size."""
+    out = tmp_path_factory.mktemp("parts")
+    torch.manual_seed(0)
+    config = ImageBindConfig(out_dim=16, vision=VisionConfig(width=16, blocks=1, heads=2, image_size=32, patch=16))
+    ImageBindEncoder(config, modality="image").save_pretrained(out / "imagebind")
+    tiny_llm(max_position_embeddings=2048).save_base(out / "llm")
+    return {
+        "icons": str(icons_dir),
+        "encoder": str(out / "imagebind"),
+        "generator": str(trained_generator[0] / "generator"),
+        "llm": str(out / "llm"),
+    }
+
+
+def recipe(parts: Parts, **changes: Any) -> instruction.InstructionRecipe:
+    settings: dict[str, Any] = dict(
+        pool=8, projector_width=32, projector_layers=1, lora_rank=2, batch_size=4, steps=3, bf16=False
+    )
+    return instruction.InstructionRecipe(**(parts | settings | changes))
+
+
+@pytest.fixture(scope="module")
+def run(parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of three steps of the recipe."""
+    out = tmp_path_factory.mktemp("instruction-run")
+    instruction.train(recipe(parts), out)
+    return out
+
+
+def load(run: Path, parts: Parts) -> AnyGenModel:
+    return AnyGenModel.from_pretrained(
+        run / "model", dtype=torch.float32, encoders=False, resolve=lambda _: Path(parts["llm"])
+    )
+
+
+def test_the_run_writes_a_model_that_loads_strictly_and_moved(run: Path, parts: Parts) -> None:
+    model = load(run, parts)
+    adapter = load_file(run / "model" / "adapter" / "adapter_model.safetensors")
+    assert any(value.abs().sum() > 0 for key, value in adapter.items() if "lora_B" in key)
+    assert model.settings.name == "anygen-mini" and model.settings.slots == {"image": 4}
+
+
+def test_a_run_can_go_on_from_another(run: Path, parts: Parts, tmp_path: Path) -> None:
+    before = load_file(run / "model" / "projectors.safetensors")
+    instruction.train(recipe(parts, start=str(run / "model"), steps=1, seed=1), tmp_path)
+    after = load_file(tmp_path / "model" / "projectors.safetensors")
+    moved = {key: (after[key].float() - before[key].float()).abs().max().item() for key in before}
+    assert max(moved.values()) > 0 and max(moved.values()) < 0.1
+
+
+def test_plain_talk_teaches_the_route_alone(run: Path, parts: Parts, icons: IconSet) -> None:
+    model = load(run, parts)
+    encoder = ImageBindEncoder.from_pretrained(parts["encoder"])
+    pool = instruction.encode_pool(PictureSource(icons, seed=0), encoder, 8)
+    examples = instruction.Examples(Conversations(icons.concepts, pool.shown, 0), model, 200)
+    plain = [examples[n] for n in range(200) if examples.conversations[n].words]
+    assert plain
+    for example in plain:
+        assert [label for label in example["labels"] if label != -100] == [model.signal_tokens.words_id]
+        assert example["ids"][-1] == model.signal_tokens.words_id
+
+
+def test_every_run_of_a_batch_has_its_caption(run: Path, parts: Parts, icons: IconSet) -> None:
+    model = load(run, parts)
+    generator = StableDiffusionGenerator.from_pretrained(parts["generator"])
+    pool = instruction.encode_pool(PictureSource(icons, seed=0), ImageBindEncoder.from_pretrained(parts["encoder"]), 8)
+    examples = instruction.Examples(Conversations(icons.concepts, pool.shown, 0), model, 64)
+    batch = instruction.Collator(pool, generator, model)([examples[n] for n in range(64)])
+    runs = len(model.signal_tokens.run_starts(batch["input_ids"], "image"))
+    assert runs == len(batch["caption_ids"]) > 20
+    assert int((batch["input_ids"] == -1).sum()) == 4 * len(batch["media"]["image"])
+
+
+def test_the_metric_measures_what_cross_attention_sees(parts: Parts) -> None:
+    unet = StableDiffusionGenerator.from_pretrained(parts["generator"]).unet
+    metric = instruction.attention_metric(unet, floor=0.0)
+    difference = torch.randn(5, metric.shape[0])
+    maps = [m.weight for n, m in unet.named_modules() if n.endswith(("attn2.to_k", "attn2.to_v"))]
+    seen = sum((difference @ weight.T).square().mean(1) for weight in maps)
+    ratio = (difference @ metric).square().sum(1) / seen
+    torch.testing.assert_close(ratio, ratio[:1].expand(5), rtol=1e-3, atol=0)
+
+
+def test_kept_states_are_those_of_the_plain_pass(run: Path, parts: Parts, icons: IconSet) -> None:
+    model = load(run, parts)
+    items = alignment.contexts(Conversations(icons.concepts, [], 0), 41, 0)
+    states, captions = alignment.read_states(model, items, batch_size=5)
+    examples = [model.prompts.example(item.messages).ids for item in items]
+    ids, mask = pad(examples, 0)
+    with torch.inference_mode():
+        hidden = model(input_ids=ids, attention_mask=mask).hidden_states
+        assert hidden is not None
+        starts = model.signal_tokens.run_starts(ids, "image")
+        plain = hidden[starts[:, :1], starts[:, 1:] + torch.arange(4)]
+    assert len(captions) == len(states) == len(plain)
+    torch.testing.assert_close(states.float(), plain, atol=4e-3, rtol=2e-3)  # kept in float16
+
+
+def test_contexts_ask_for_every_name_in_every_style_first(icons: IconSet) -> None:
+    items = alignment.contexts(Conversations(icons.concepts, [], 0), 36, 0)
+    captions = {str(part.media) for item in items for part in item.messages[-1].parts if hasattr(part, "media")}
+    assert len(captions) == 36  # six concepts, five styles and none
+    assert {"a red circle", "a red circle, in the flat style"} <= captions
+
+
+def test_alignment_moves_the_output_projector_and_nothing_else(run: Path, parts: Parts, tmp_path: Path) -> None:
+    alignment.train(
+        alignment.AlignmentRecipe(
+            icons=parts["icons"],
+            model=str(run / "model"),
+            generator=parts["generator"],
+            llm=parts["llm"],
+            contexts=12,
+            batch_size=8,
+            steps=12,
+            learning_rate=1e-2,
+        ),
+        tmp_path,
+    )
+    before, after = (load_file(folder / "model" / "projectors.safetensors") for folder in (run, tmp_path))
+    moved = {key for key in before if not torch.equal(before[key], after[key])}
+    assert moved and all(key.startswith("output.") for key in moved)
+    rows = [load_file(folder / "model" / "signal_tokens.safetensors")["rows"] for folder in (run, tmp_path)]
+    assert torch.equal(*rows)
+
+
+def test_the_parts_are_assembled_with_a_manifest(run: Path, parts: Parts, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    with pytest.raises(CheckpointError, match="generator is missing: run the recipe that makes it first"):
+        (runs / "model").symlink_to(run / "model")
+        assemble(runs, tmp_path / "out")
+    (runs / "generator").symlink_to(parts["generator"])
+    (runs / "imagebind").symlink_to(parts["encoder"])
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "README.md").write_text("the card")
+    (out / "stale.safetensors").write_text("old")
+    assemble(runs, out)
+    verify(out)
+    assert (out / "README.md").read_text() == "the card" and not (out / "stale.safetensors").exists()
+    model = AnyGenModel.from_pretrained(out, dtype=torch.float32, resolve=lambda _: Path(parts["llm"]))
+    generator = StableDiffusionGenerator.from_pretrained(out / "generators" / "image")
+    assert {EMBEDS: tuple(generator.condition_spec.shapes[EMBEDS])} == model.settings.outputs["image"].condition
