@@ -34,7 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except AnyGenError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
-        return _fail("interrupted", code=130)
+        code = _fail("interrupted", code=130)
+        if arguments is None:  # a whole process: whoever presses twice shall not see threads being torn down
+            os._exit(code)
+        return code
     except BrokenPipeError:  # `anygen … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -50,7 +53,7 @@ def _calm_libraries() -> None:
     for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
         os.environ.setdefault(name, "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns when a process forks, as `data build` does
-    # OpenMP's threads wait by spinning: on two cores with anything else to do, an answer then takes 3 to 30 times as long
+    # OpenMP's threads wait by spinning, which on two cores that have anything else to do takes 3 to 30 times as long
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if sys.warnoptions:
         return

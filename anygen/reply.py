@@ -28,7 +28,7 @@ from anygen.messages import MediaPart, Message, TextPart
 
 _PLAN = "anygen-plan"
 """Under this key a plan's file has its words, as JSON."""
-_SHOWS = re.compile(r"(here|this|that|there)(\s+(is|are)|['’]s)\s+", flags=re.IGNORECASE)
+_SHOWS = re.compile(r"((and|then)\s+)?(here|this|that|there)(\s+(is|are)|['’]s)\s+", flags=re.IGNORECASE)
 """How a sentence begins that presents a medium."""
 
 
@@ -278,7 +278,7 @@ def slug(caption: str, length: int = 40) -> str:
     """Words for a file's name: 'Here is a red apple, in the flat style.' gives 'a-red-apple'."""
     sentences = re.split(r"(?<=[.!?])\s+", caption.strip())
     sentence = next((s for s in sentences if _SHOWS.match(s)), sentences[-1])
-    sentence = _SHOWS.sub("", sentence)
+    sentence = _SHOWS.sub("", sentence, count=1) if _SHOWS.match(sentence) else sentence
     words = re.findall(r"\w+", sentence.split(",")[0].lower())
     kept: list[str] = []
     for word in words:

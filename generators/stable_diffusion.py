@@ -24,6 +24,7 @@ from anygen.config import Config
 from anygen.errors import CheckpointError, ConfigError
 from anygen.features import Condition, ConditionSpec
 from anygen.generators.base import Generator, StepCallback
+from anygen.progress import quiet_libraries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -119,7 +120,8 @@ class StableDiffusionGenerator(Generator):
         def load_text() -> TextConditioner:
             from transformers import AutoTokenizer, CLIPTextModel
 
-            encoder: Any = CLIPTextModel.from_pretrained(directory / "text_encoder", dtype=dtype)
+            with quiet_libraries():
+                encoder: Any = CLIPTextModel.from_pretrained(directory / "text_encoder", dtype=dtype)
             tokenizer = AutoTokenizer.from_pretrained(directory / "tokenizer")
             return TextConditioner(encoder.to(unet.device).eval(), tokenizer)
 

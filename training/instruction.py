@@ -21,6 +21,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from anygen.config import Config
 from anygen.encoders.imagebind import ImageBindEncoder
 from anygen.encoders.imagebind_inputs import normalised
+from anygen.errors import ConfigError
 from anygen.generators.stable_diffusion import EMBEDS, StableDiffusionGenerator
 from anygen.llm import LLM
 from anygen.messages import MediaPart
@@ -59,6 +60,10 @@ class InstructionRecipe(Config):
     """Directory of a model that this recipe trained before, to go on from; its own sizes then hold."""
     checksum: str | None = None
     """The icon set's checksum; None accepts any."""
+    trains: tuple[str, ...] = ("llm", "signal_tokens", "input_projectors", "output_projectors")
+    """The parts that train (of the LLM, its adapter); all else stands still."""
+    mixture: dict[str, float] | None = None
+    """Kind of conversation -> weight; None takes `requests.MIXTURE`."""
     pool: int = 60_000
     """Pictures that are encoded once and asked about."""
     prompt_tokens: int = 4
@@ -78,6 +83,8 @@ class InstructionRecipe(Config):
     """Of projectors and signal rows."""
     lora_learning_rate: float = 5e-4
     alignment_weight: float = 1.0
+    compile: bool = False
+    """Compiles each of the LLM's layers, which fuses the casts around the adapter; the first steps take minutes."""
     bf16: bool = True
     """Mixed precision, with the LLM's weights in bfloat16. A CPU needs AMX for it to pay."""
     workers: int = 0
@@ -287,6 +294,20 @@ def build(recipe: InstructionRecipe, llm: LLM, generator: StableDiffusionGenerat
     return AnyGenModel(config, llm).initialize(seed=recipe.seed)
 
 
+def freeze_others(model: AnyGenModel, trains: Sequence[str]) -> None:
+    """Freezes what is trainable in all parts but those named.
+
+    Raises:
+        ConfigError: the model has no such part; lists those that it has.
+    """
+    parts = dict(model.named_children())
+    if unknown := sorted(set(trains) - set(parts)):
+        raise ConfigError(f"unknown parts: {', '.join(unknown)}; the model has {', '.join(parts)}")
+    for name, part in parts.items():
+        if name not in trains:
+            part.requires_grad_(False)
+
+
 def train(recipe: InstructionRecipe, out: Path) -> dict[str, float]:
     """Runs the recipe and writes `out/model`: configuration, projectors, signal rows and adapter in bf16."""
     from anygen import hub
@@ -311,9 +332,13 @@ def train(recipe: InstructionRecipe, out: Path) -> dict[str, float]:
     model.alignment = AlignmentConfig(mse=1.0)
     model.alignment_weight = recipe.alignment_weight
     model.set_metric("image", {EMBEDS: attention_metric(generator.unet)})
+    freeze_others(model, recipe.trains)
+    if recipe.compile:
+        for layer in model.llm.base.get_decoder().layers:
+            layer.compile(dynamic=True)
     for part, (trainable, total) in model.trainable_parameters().items():
         log.write(part=part, trainable=trainable, parameters=total)
-    conversations = Conversations(icons.concepts, pool.shown, recipe.seed)
+    conversations = Conversations(icons.concepts, pool.shown, recipe.seed, recipe.mixture)
     text_encoder = generator.text.encoder.requires_grad_(False)
     arguments = TrainingArguments(
         output_dir=str(out / "checkpoints"),

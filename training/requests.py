@@ -6,11 +6,12 @@ condition the run has to reach. The phrasings of `anygen eval` are other ones, w
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 
+from anygen.errors import ConfigError
 from anygen.messages import MediaPart, Message, TextPart
 from anygen.training.captions import (
     BACKGROUNDS,
@@ -204,6 +205,19 @@ def here(drawing: Drawing) -> str:
     return f"Here {'is' if drawing.count == 1 else 'are'} {canonical(drawing)}."
 
 
+MIXTURE = {
+    "draw": 0.40,
+    "draw_two": 0.06,
+    "ask": 0.22,
+    "again": 0.05,
+    "change": 0.07,
+    "cannot": 0.02,
+    "talk": 0.15,
+    "talk_after": 0.03,
+}
+"""Kind of conversation -> share."""
+
+
 class Conversations:
     """An endless, indexable supply of conversations.
 
@@ -211,25 +225,38 @@ class Conversations:
         concepts: what can be drawn.
         pool: pictures to ask about.
         seed: every seed has its own conversations.
+        mixture: kind -> weight, in place of `MIXTURE`.
+
+    Raises:
+        ConfigError: a kind of `mixture` does not exist.
     """
 
-    def __init__(self, concepts: Sequence[Concept], pool: Sequence[PoolPicture], seed: int) -> None:
+    def __init__(
+        self,
+        concepts: Sequence[Concept],
+        pool: Sequence[PoolPicture],
+        seed: int,
+        mixture: Mapping[str, float] | None = None,
+    ) -> None:
         self.concepts, self.pool, self.seed = concepts, pool, seed
-        self.forms: list[tuple[float, Callable[[random.Random], Conversation]]] = [
-            (0.40, self._draw),
-            (0.06, self._draw_two),
-            (0.22, self._ask_about),
-            (0.05, self._draw_again),
-            (0.07, self._change),
-            (0.02, self._cannot),
-            (0.15, self._talk),
-            (0.03, self._talk_after),
-        ]
+        self.mixture = dict(MIXTURE if mixture is None else mixture)
+        if unknown := sorted(set(self.mixture) - set(MIXTURE)):
+            raise ConfigError(f"unknown kinds of conversation: {', '.join(unknown)}; known: {', '.join(MIXTURE)}")
+        self.forms: dict[str, Callable[[random.Random], Conversation]] = {
+            "draw": self._draw,
+            "draw_two": self._draw_two,
+            "ask": self._ask_about,
+            "again": self._draw_again,
+            "change": self._change,
+            "cannot": self._cannot,
+            "talk": self._talk,
+            "talk_after": self._talk_after,
+        }
 
     def __getitem__(self, number: int) -> Conversation:
         rng = random.Random(f"{self.seed}/{number}")
-        weights, forms = zip(*self.forms, strict=True)
-        return rng.choices(forms, weights)[0](rng)
+        form = rng.choices(list(self.mixture), list(self.mixture.values()))[0]
+        return self.forms[form](rng)
 
     def _concept(self, rng: random.Random) -> Concept:
         return rng.choice(self.concepts)

@@ -131,6 +131,8 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
         ("Here is a red apple.", "a-red-apple"),
         ("Sure! Here are two dogs, in the flat style, on a blue background.", "two-dogs"),
         ("Here's a piñata", "a-piñata"),
+        ("And here is a banana.", "a-banana"),
+        ("Is there a cat here is the question", "is-there-a-cat-here-is-the-question"),
         ("This is a cat. Do you like it?", "a-cat"),
         ("  Draw   me:  ../../etc/passwd ", "draw-me-etc-passwd"),
         (

@@ -8,12 +8,12 @@ from safetensors.torch import load_file
 
 from anygen.encoders.imagebind import ImageBindEncoder
 from anygen.encoders.imagebind_config import ImageBindConfig, VisionConfig
-from anygen.errors import CheckpointError
+from anygen.errors import CheckpointError, ConfigError
 from anygen.generators.stable_diffusion import EMBEDS, StableDiffusionGenerator
 from anygen.manifest import verify
 from anygen.model import AnyGenModel
 from anygen.prompts import pad
-from anygen.training import alignment, instruction
+from anygen.training import alignment, anchoring, instruction
 from anygen.training.assemble import assemble
 from anygen.training.icons import IconSet
 from anygen.training.pictures import PictureSource
@@ -80,6 +80,36 @@ def test_a_run_can_go_on_from_another(run: Path, parts: Parts, tmp_path: Path) -
     after = load_file(tmp_path / "model" / "projectors.safetensors")
     moved = {key: (after[key].float() - before[key].float()).abs().max().item() for key in before}
     assert max(moved.values()) > 0 and max(moved.values()) < 0.1
+
+
+def test_only_the_named_parts_train(run: Path, parts: Parts, tmp_path: Path) -> None:
+    changes = dict(start=str(run / "model"), trains=("input_projectors",), mixture={"ask": 1.0}, learning_rate=1e-2)
+    instruction.train(recipe(parts, **changes), tmp_path)
+    files = ("projectors.safetensors", "signal_tokens.safetensors", "adapter/adapter_model.safetensors")
+    for name in files:
+        before, after = (load_file(folder / "model" / name) for folder in (run, tmp_path))
+        moved = {key for key in before if not torch.equal(before[key], after[key])}
+        assert all(key.startswith("input.") for key in moved)
+        assert bool(moved) == (name == files[0])
+    with pytest.raises(ConfigError, match="unknown parts: encoder; the model has llm, signal_tokens, encoders"):
+        instruction.freeze_others(load(run, parts), ("encoder",))
+
+
+def test_an_anchored_projector_gives_names(run: Path, parts: Parts, icons: IconSet, tmp_path: Path) -> None:
+    settings = {key: parts[key] for key in ("icons", "encoder", "llm")}
+    figures = anchoring.train(
+        anchoring.AnchoringRecipe(
+            **settings, model=str(run / "model"), prompt_tokens=6, pool=32, batch_size=32, steps=150, learning_rate=1e-2
+        ),
+        tmp_path,
+    )
+    assert figures["loss"] < 0.8  # 1 is what a constant reaches; the encoder is random
+    model = load(tmp_path, parts)
+    assert model.settings.slots == {"image": 6}
+    before, after = load(run, parts), model
+    assert torch.equal(before.signal_tokens.rows, after.signal_tokens.rows)
+    for key, value in before.output_projectors.state_dict().items():
+        assert torch.equal(value, after.output_projectors.state_dict()[key])
 
 
 def test_plain_talk_teaches_the_route_alone(run: Path, parts: Parts, icons: IconSet) -> None:

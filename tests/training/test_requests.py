@@ -3,6 +3,7 @@ import re
 
 import pytest
 
+from anygen.errors import ConfigError
 from anygen.messages import MediaPart, Message, TextPart
 from anygen.training.captions import Drawing, canonical
 from anygen.training.icons import Concept
@@ -69,6 +70,13 @@ def test_questions_are_answered_by_what_the_picture_holds(conversations: Convers
             assert any(fact in told for fact in facts), told
             asked += 1
     assert asked > 60
+
+
+def test_a_mixture_decides_what_is_talked_about() -> None:
+    only = Conversations(CONCEPTS, POOL, 0, {"talk": 1.0})
+    assert all(only[n].words for n in range(20))
+    with pytest.raises(ConfigError, match="unknown kinds of conversation: tlk; known: draw, draw_two, ask"):
+        Conversations(CONCEPTS, POOL, 0, {"tlk": 1.0})
 
 
 def test_the_plain_sweep_asks_for_the_drawing_and_for_nothing_else(conversations: Conversations) -> None:
