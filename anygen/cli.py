@@ -183,7 +183,3 @@ def _number(text: str) -> float:
         return float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"'{text}' is not a number") from None
-
-
-if __name__ == "__main__":
-    sys.exit(main())

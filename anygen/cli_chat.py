@@ -38,7 +38,11 @@ def chat(options: argparse.Namespace) -> int:
     while True:
         try:
             line = input("> " if interactive else "")
-        except EOFError:
+        except (EOFError, KeyboardInterrupt) as end:
+            if interactive:
+                print()  # the terminal's cursor stands behind the prompt
+            if isinstance(end, KeyboardInterrupt):
+                raise
             break
         try:
             if not session.take(line.strip()):

@@ -84,6 +84,10 @@ class AnyGenPipeline:
     ) -> Self:
         """Loads a model: the embedded default, a directory, or a name that `hub.resolve` knows.
 
+            >>> planner = AnyGenPipeline.from_pretrained(generators=False)
+            >>> len(planner.generators)
+            0
+
         Args:
             name_or_dir: None is the embedded default, anygen-mini.
             device: by default CUDA, else Apple's MPS, else the CPU.
@@ -114,6 +118,10 @@ class AnyGenPipeline:
 
     def save_pretrained(self, directory: str | Path, *, overwrite: bool = False) -> None:
         """Writes a directory that `from_pretrained` reads, with checksums, whole or not at all.
+
+            >>> pipe.save_pretrained("my-model", overwrite=True)
+            >>> AnyGenPipeline.from_pretrained("my-model").name
+            'anygen-mini'
 
         Args:
             directory: new or empty.
@@ -268,6 +276,11 @@ class AnyGenPipeline:
         progress: bool | None = None,
     ) -> Reply | list[Reply]:
         """Makes the media of plans; those of all plans go through a generator together.
+
+            >>> plan = pipe.plan("Draw a red apple.")
+            >>> variants = [pipe.render(plan, seed=seed) for seed in range(3)]
+            >>> len(set(reply.images[0] for reply in variants))
+            3
 
         Args:
             plan: of `plan`, here or in another process; one, or several.

@@ -60,13 +60,13 @@ ReplyPart = TextPart | MadePart | PlannedPart
 class Reply:
     """An answer of the model, or the plan of one.
 
-        >>> reply = pipe("Draw a red apple.", seed=7)
-        >>> [type(part).__name__ for part in reply.content]
-        ['TextPart', 'MadePart']
-        >>> reply.images, reply.seed
-        ([Image(128×128)], 7)
-        >>> [path.suffix for path in reply.save("out")]
-        ['.png']
+    >>> reply = pipe("Draw a red apple.", seed=7)
+    >>> [type(part).__name__ for part in reply.content]
+    ['TextPart', 'MadePart']
+    >>> reply.images, reply.seed
+    ([Image(128×128)], 7)
+    >>> [path.suffix for path in reply.save("out")]
+    ['.png']
     """
 
     content: tuple[ReplyPart, ...]
@@ -171,6 +171,11 @@ class Reply:
 
     def save_plan(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Writes a plan as one safetensors file, its words as JSON in the header.
+
+            >>> plan = pipe.plan("Draw a red apple.", seed=7)
+            >>> path = plan.save_plan("apple.safetensors", overwrite=True)
+            >>> pipe.render(Reply.load_plan(path)) == pipe.render(plan)
+            True
 
         Raises:
             ConfigError: the media are made already.

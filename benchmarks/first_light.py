@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 DRAW = "Draw a red apple"
 TALK = "Explain in a few sentences why the sky is blue."
-GIB = 2**30
+GB = 1e9
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,15 +59,11 @@ def main() -> int:
     for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
         os.environ.setdefault(name, "error")
     rows: list[Row] = []
-    for part in (
-        lambda: starting(many),
-        lambda: whole_process(few),
-        lambda: loading(few),
-        lambda: resident(many),
-    ):
-        for row in part():
+    for part in (starting(many), whole_process(few), loading(few), resident(many)):
+        for row in part:
             rows.append(row)
-            print(f"{row.what}: {row.value:.3g} {row.unit}", file=sys.stderr)
+            if sys.stderr.isatty() and not options.json:
+                print(f"{row.what}: {row.value:.3g} {row.unit}", file=sys.stderr)
     if options.json:
         print(json.dumps({"machine": machine(), "rows": [asdict(row) | {"met": row.met} for row in rows]}))
     else:
@@ -96,7 +92,7 @@ def whole_process(repeats: int) -> Iterator[Row]:
             times.append(spent)
             peaks.append(peak)
     yield Row(f'anygen generate "{DRAW}", whole process', median(times), "s", 20.0)
-    yield Row("its peak memory (RSS)", max(peaks) / GIB, "GiB", 4.0)
+    yield Row("its peak memory (RSS)", max(peaks) / GB, "GB", 4.0)
 
 
 def loading(repeats: int) -> Iterator[Row]:
@@ -163,14 +159,22 @@ def pictures(pipe: "AnyGenPipeline", repeats: int) -> Iterator[Row]:
     import torch
     from diffusers import StableDiffusionPipeline
 
+    from anygen.generators.stable_diffusion import EMBEDS
+    from anygen.progress import quiet_libraries
+    from anygen.reply import PlannedPart
+
     generator: Any = pipe.generator("image")
     plan = pipe.plan(DRAW, seed=7)
-    (embeds,) = [part.condition.tensors["prompt_embeds"] for part in plan.content if hasattr(part, "condition")]  # type: ignore[union-attr]
+    (embeds,) = [part.condition.tensors[EMBEDS] for part in plan.content if isinstance(part, PlannedPart)]
     steps, guidance = generator.defaults.steps, generator.defaults.guidance_scale
-    bare: Any = StableDiffusionPipeline(
-        vae=generator.vae, unet=generator.unet, scheduler=generator.scheduler, requires_safety_checker=False,
-        **dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor")),  # type: ignore[arg-type]
-    )  # fmt: skip
+    with quiet_libraries(diffusers=True):
+        bare: Any = StableDiffusionPipeline(
+            vae=generator.vae,
+            unet=generator.unet,
+            scheduler=generator.scheduler,
+            requires_safety_checker=False,
+            **dict.fromkeys(["text_encoder", "tokenizer", "safety_checker", "feature_extractor"]),  # type: ignore[arg-type]
+        )
     bare.set_progress_bar_config(disable=True)
 
     def ours() -> Any:
@@ -190,7 +194,7 @@ def pictures(pipe: "AnyGenPipeline", repeats: int) -> Iterator[Row]:
     if (difference := np.abs(picture.astype(int) - their_picture).max()) > 1:
         raise SystemExit(f"our picture is not that of diffusers: pixels differ by {difference} of 255")
     yield Row(f"one picture, {steps} steps, pipe.render", spent[0], "s")
-    yield Row("one picture, bare diffusers", spent[1], "s", note="same components, steps, guidance, prompt_embeds")
+    yield Row("one picture, bare diffusers", spent[1], "s", note="same parts, steps, guidance, prompt_embeds")
     yield Row("overhead of the pipeline", 100 * (spent[0] / spent[1] - 1), "%", 10.0)
     whole = [seconds(lambda seed=seed: pipe(DRAW, seed=seed, progress=False))[0] for seed in range(repeats)]
     yield Row("one more answer with a picture", median(whole), "s", 4.0)
@@ -289,7 +293,8 @@ def show(rows: list[Row]) -> None:
         colour = {None: "", True: "[green]", False: "[red]"}[row.met]
         bar = "" if row.bar is None else f"≤ {row.bar:g}"
         table.add_row(row.what, f"{colour}{row.value:.3g} {row.unit}", bar, row.note)
-    Console().print(table)
+    console = Console()
+    (console if console.is_terminal else Console(width=118)).print(table)
 
 
 if __name__ == "__main__":

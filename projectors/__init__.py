@@ -10,6 +10,7 @@ COMPONENTS: dict[str, dict[str, str]] = {
     },
     "output_projector": {
         "text_fc": "anygen.projectors.output:TextFcLayer",
+        "low_rank": "anygen.projectors.output:LowRankProjector",
         "mlp": "anygen.projectors.output:MLPOutputProjector",
     },
 }

@@ -114,6 +114,42 @@ class MLPOutputProjector(OutputProjector):
         return split(self.act(mixed + self.places), self.model, self.sizes, self.spec)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LowRankProjectorConfig(Config):
+    rank: int = 256
+    """Width between the two linear maps."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ConfigError(f"rank must be at least 1, got {self.rank}")
+
+
+class LowRankProjector(OutputProjector):
+    """Two linear maps, all signal states at once -> all condition tokens at once, with nothing between.
+
+    NExT-GPT's mode "linear" maps token by token; here the map is over the whole run, and of low rank. It can be fitted
+    without gradients (`anygen.training.alignment.fit_low_rank`: reduced-rank ridge regression, seconds on a CPU), which
+    makes it the first projector to try for a new generator.
+    """
+
+    config_class = LowRankProjectorConfig
+
+    def __init__(
+        self, config: LowRankProjectorConfig, *, llm_dim: int, signal_tokens: int, spec: ConditionSpec
+    ) -> None:
+        super().__init__(config, llm_dim=llm_dim, signal_tokens=signal_tokens, spec=spec)
+        self.sizes = sizes(spec)
+        self.down = nn.Linear(signal_tokens * llm_dim, config.rank, bias=False)
+        self.up = nn.Linear(config.rank, sum(length * width for length, width in self.sizes.values()))
+
+    def forward(self, states: Tensor, embeddings: Tensor) -> Condition:
+        """float[B, S, D] states; the embeddings are the same for every run and not used -> name -> float[B, L, C]."""
+        made = self.up(self.down(states.flatten(1)))
+        parts = made.split([length * width for length, width in self.sizes.values()], dim=1)
+        shapes = self.spec.shapes.items()
+        return Condition({name: part.reshape(-1, *shape) for (name, shape), part in zip(shapes, parts, strict=True)})
+
+
 def sizes(spec: ConditionSpec) -> dict[str, tuple[int, int]]:
     """name -> (L, C); a tensor without a token axis, such as a pooled embedding, counts as one token.
 

@@ -164,7 +164,12 @@ def quick_default(default_pipeline: "AnyGenPipeline", monkeypatch: pytest.Monkey
     """The same with few steps by default, and what `AnyGenPipeline.from_pretrained()` gives inside the test."""
     from anygen.pipeline import AnyGenPipeline
 
+    load = AnyGenPipeline.from_pretrained
+
+    def from_pretrained(*arguments: Any, **options: Any) -> AnyGenPipeline:
+        return load(*arguments, **options) if arguments or options else default_pipeline
+
     generator: Any = default_pipeline.generator("image")
     monkeypatch.setattr(generator, "defaults", replace(generator.defaults, steps=2))
-    monkeypatch.setattr(AnyGenPipeline, "from_pretrained", lambda: default_pipeline)
+    monkeypatch.setattr(AnyGenPipeline, "from_pretrained", from_pretrained)
     return default_pipeline

@@ -106,22 +106,21 @@ def test_every_link_leads_somewhere(document: str) -> None:
     assert [path for path in paths if path and not ((ROOT / document).parent / path).exists()] == []
 
 
+@pytest.mark.parametrize("document", ["README.md", "docs/quickstart.md"])
 def test_the_python_example_runs(
-    quick_default: "AnyGenPipeline", tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    document: str, quick_default: "AnyGenPipeline", tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    examples = blocks("README.md", "python")
-    assert examples
-    for example in examples:
-        exec(compile(example, "README.md", "exec"), {})
+    (example,) = blocks(document, "python")
+    exec(compile(example, document, "exec"), {})
 
 
 def test_the_first_command_draws_a_picture(embedded_default: Path, tmp_path: Path) -> None:
     from anygen.media import read_metadata
 
-    arguments = next(arguments for arguments in commands("README.md") if arguments[0] == "generate")
+    arguments = next(arguments for arguments in commands("README.md") if "Draw a red apple" in arguments)
     run = subprocess.run(
-        [sys.executable, "-m", "anygen.cli", *arguments, "--json"],
+        [sys.executable, "-m", "anygen.cli", *arguments, *(["--json"] if "--json" not in arguments else [])],
         capture_output=True,
         text=True,
         cwd=tmp_path,

@@ -178,12 +178,12 @@ def _stable_diffusion(tiny_llm: "Callable[..., LLM]") -> Any:
         num_attention_heads=2,
         max_position_embeddings=5,
     )
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-    )
+    blocks: dict[str, Any] = {
+        "block_out_channels": (8, 8),
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+    }
+    vae = AutoencoderKL(norm_num_groups=4, **blocks)
     unet = UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(8,),

@@ -40,7 +40,8 @@ def run(
             code = main(given)
         except SystemExit as exit:
             code = int(exit.code or 0)
-        return code, *capfd.readouterr()
+        out, error = capfd.readouterr()
+        return code, out, error
 
     with warnings.catch_warnings():
         yield call
@@ -396,12 +397,12 @@ def test_help_and_version_import_nothing_heavy() -> None:
 
 
 def test_the_module_runs_as_a_script() -> None:
-    done = subprocess.run([sys.executable, "-m", "anygen.cli", "frob"], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-m", "anygen", "frob"], capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stdout == "" and "invalid choice" in done.stderr
 
 
 def test_a_reader_that_leaves_is_no_fault(tiny_directory: Path) -> None:
-    command = [sys.executable, "-m", "anygen.cli", "info", str(tiny_directory)]
+    command = [sys.executable, "-m", "anygen", "info", str(tiny_directory)]
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)

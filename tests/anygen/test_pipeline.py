@@ -126,6 +126,7 @@ def test_a_stream_ends_in_what_a_call_returns(pipe: AnyGenPipeline, prompt: str)
     same(finished.reply, called)
     assert finished.reply.options == called.options
     parts: list[Any] = []
+    begun, steps = ("", -1, ""), 0
     for event in events[:-1]:
         match event:
             case TextDelta(text=text):

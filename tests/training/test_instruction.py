@@ -206,3 +206,37 @@ def test_the_parts_are_assembled_with_a_manifest(run: Path, parts: Parts, tmp_pa
     model = AnyGenModel.from_pretrained(out, dtype=torch.float32, resolve=lambda _: Path(parts["llm"]))
     generator = StableDiffusionGenerator.from_pretrained(out / "generators" / "image")
     assert {EMBEDS: tuple(generator.condition_spec.shapes[EMBEDS])} == model.settings.outputs["image"].condition
+
+
+def test_the_closed_form_finds_a_low_rank_map_again_and_beats_what_is_near_it() -> None:
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(300, 2, 6, generator=generator)
+    truth = torch.randn(12, 3, generator=generator) @ torch.randn(3, 20, generator=generator)
+    noise = 0.1 * torch.randn(300, 20, generator=generator)
+    targets = (states.flatten(1) @ truth + noise + 2).view(300, 5, 4)
+    metric = torch.eye(4) + 0.2 * torch.randn(4, 4, generator=generator)
+
+    def error(down: torch.Tensor, up: torch.Tensor, bias: torch.Tensor) -> float:
+        made = (states.flatten(1) @ down.T @ up.T + bias).view(300, 5, 4)
+        return ((made - targets) @ metric).square().mean().item()
+
+    down, up, bias = alignment.fit_low_rank(states, targets, rank=3, ridge=1e-9, metric=metric)
+    assert down.shape == (3, 12) and up.shape == (20, 3)
+    torch.testing.assert_close((up @ down).T, truth, atol=0.05, rtol=0.1)
+    best = error(down, up, bias)
+    for part in range(3):
+        for _ in range(5):
+            changed = [down.clone(), up.clone(), bias.clone()]
+            changed[part] += 1e-3 * torch.randn(changed[part].shape, generator=generator)
+            assert error(*changed) > best
+
+
+def test_with_full_rank_the_closed_form_is_ridge_regression() -> None:
+    generator = torch.Generator().manual_seed(1)
+    states, targets = torch.randn(50, 1, 4, generator=generator), torch.randn(50, 2, 3, generator=generator)
+    down, up, bias = alignment.fit_low_rank(states, targets, rank=6, ridge=0.1)
+    x, y = (part.flatten(1) - part.flatten(1).mean(0) for part in (states, targets))
+    gram = x.T @ x
+    weight = torch.linalg.solve(gram + 0.1 * gram.diagonal().mean() * torch.eye(4), x.T @ y)
+    torch.testing.assert_close((up @ down).T, weight, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(bias, targets.flatten(1).mean(0) - states.flatten(1).mean(0) @ weight, atol=1e-5, rtol=0)
