@@ -30,11 +30,11 @@ from anygen.sources import MediaLimits, sniff
 class Video(Media):
     """A clip without sound.
 
-        >>> clip = Video(np.zeros((12, 32, 32, 3), np.uint8), fps=8)
-        >>> clip
-        Video(12 frames, 32×32, 8 fps)
-        >>> Video.from_path(clip.save("black.gif")).seconds
-        1.5
+    >>> clip = Video(np.zeros((12, 32, 32, 3), np.uint8), fps=8)
+    >>> clip
+    Video(12 frames, 32×32, 8 fps)
+    >>> Video.from_path(clip.save("black.gif")).seconds
+    1.5
     """
 
     modality = "video"
@@ -169,11 +169,11 @@ class Video(Media):
 class Audio(Media):
     """A sound.
 
-        >>> tone = Audio(0.5 * np.sin(np.linspace(0, 440 * 2 * np.pi, 16000)), 16000)
-        >>> tone
-        Audio(1.00 s, 1 × 16,000 Hz)
-        >>> tone.samples.shape, tone.samples.dtype
-        ((1, 16000), dtype('float32'))
+    >>> tone = Audio(0.5 * np.sin(np.linspace(0, 440 * 2 * np.pi, 16000)), 16000)
+    >>> tone
+    Audio(1.00 s, 1 × 16,000 Hz)
+    >>> tone.samples.shape, tone.samples.dtype
+    ((1, 16000), dtype('float32'))
     """
 
     modality = "audio"

@@ -9,8 +9,6 @@ messages ─ encoders ─ LLM ─ output projectors ─► plan ─ generators �
 """
 
 import os
-import secrets
-import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from collections.abc import Generator as PythonGenerator
 from dataclasses import replace
@@ -18,18 +16,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, cast, overload
 
 import torch
-from torch import Tensor
 
 from anygen import decoding
-from anygen.decoding import Answer, DecodingConfig, Run, collect, decode
+from anygen.decoding import DecodingConfig, Run, decode
 from anygen.errors import ConfigError, ModalityError
-from anygen.features import Condition, Features
+from anygen.features import Condition
 from anygen.generators.base import Generator, StepCallback
 from anygen.loading import Generators, choose_device, choose_dtype, memory, model_directory
 from anygen.media import Media, MediaLimits
 from anygen.messages import Message, TextPart, is_batch, parse_batch, parse_one
 from anygen.model import AnyGenModel
 from anygen.model_config import AnyGenConfig
+from anygen.planning import Clock, chunks, conditions_of, plan_batch, read_media, seeds_of
 from anygen.progress import progress_bars, quiet_libraries
 from anygen.prompts import Prompt
 from anygen.reply import MadePart, PlannedPart, Reply, ReplyPart, caption_of
@@ -38,9 +36,6 @@ from anygen.streaming import Event, Finished, MediaDone, MediaStarted, TextDelta
 if TYPE_CHECKING:
     from anygen.chat import Chat
     from anygen.model_info import ModelInfo
-
-_SEEDS = 2**63
-_DRAWN_SEEDS = 2**31
 
 
 class AnyGenPipeline:
@@ -255,10 +250,13 @@ class AnyGenPipeline:
         """
         conversations = parse_batch(prompt, limits=self.limits, allow_urls=self.allow_urls)
         config = _decoding(max_new_tokens, max_media, temperature, top_p)
-        seeds = _seeds(seed, len(conversations))
+        seeds = seeds_of(seed, len(conversations))
         plans: list[Reply] = []
-        for batch in _chunks(len(conversations), batch_size):
-            plans += self._plan(conversations[batch], seeds[batch], config)
+        for batch in chunks(len(conversations), batch_size):
+            with memory():
+                plans += plan_batch(
+                    self.model, conversations[batch], seeds[batch], config, drawable=self.drawable, name=self.name
+                )
         return plans if is_batch(prompt) else plans[0]
 
     @overload
@@ -295,8 +293,8 @@ class AnyGenPipeline:
         _check_steps(steps)
         plans = [plan] if isinstance(plan, Reply) else list(plan)
         if seed is not None:
-            plans = [replace(p, seed=s) for p, s in zip(plans, _seeds(seed, len(plans)), strict=True)]
-        clock = _Clock()
+            plans = [replace(p, seed=s) for p, s in zip(plans, seeds_of(seed, len(plans)), strict=True)]
+        clock = Clock()
         content = [list(p.content) for p in plans]
         for modality, places in _places(plans).items():
             made = self._generate(
@@ -340,14 +338,14 @@ class AnyGenPipeline:
             ...         reply = event.reply
             Here is a red apple.
 
-        Everything is checked before the first event is asked for. Takes and raises the same as a call; a list of
-        strings is one message here.
+        Prompt and options are checked at once, before the first event is asked for. Takes and raises the same as a
+        call; a list of strings is one message here.
         """
         _check_steps(steps)
         conversation = parse_one(prompt, limits=self.limits, allow_urls=self.allow_urls)
         config = _decoding(max_new_tokens, max_media, temperature, top_p)
         given = self.model.prompts.prompt(conversation)
-        chosen = _seeds(seed, 1)[0]
+        chosen = seeds_of(seed, 1)[0]
         return self._stream(conversation, given, chosen, config, steps=steps, guidance_scale=guidance_scale)
 
     def chat(self, *, system: str | None = None, **options: Any) -> "Chat":
@@ -382,67 +380,6 @@ class AnyGenPipeline:
             raise ConfigError("this pipeline has no directory to read about; save_pretrained and load it first")
         return describe(self.model.origin)
 
-    def _plan(
-        self, conversations: Sequence[list[Message]], seeds: Sequence[int], config: DecodingConfig
-    ) -> list[Reply]:
-        clock = _Clock()
-        with memory():
-            prompts = [self.model.prompts.prompt(messages) for messages in conversations]
-            media = self._read(prompts)
-            if media:
-                clock.lap("encoders")
-            events = decode(self.model, prompts, media=media, config=config, seeds=seeds, drawable=self.drawable)
-            answers = collect(events, len(prompts))
-            contents = self._project(answers, [messages[-1].text for messages in conversations])
-        clock.lap("llm")
-        return [
-            Reply(
-                content=content,
-                prompt=messages[-1].text,
-                model=self.name,
-                seed=seed,
-                finish=answer.reason,
-                timings=dict(clock.laps),
-            )
-            for messages, answer, content, seed in zip(conversations, answers, contents, seeds, strict=True)
-        ]
-
-    def _read(self, prompts: Sequence[Prompt]) -> dict[str, Features]:
-        """modality -> the features of all media in the prompts, in reading order."""
-        media: dict[str, list[Media]] = {}
-        for part in (part for prompt in prompts for part in prompt.media):
-            media.setdefault(part.modality, []).append(part.media)
-        features = {}
-        for modality, values in media.items():
-            encoder = cast(Any, self.model.encoders[modality])
-            tensors = {name: tensor.to(self.device) for name, tensor in encoder.preprocess(values).items()}
-            features[modality] = self.model.encode(modality, tensors)
-        return features
-
-    def _project(self, answers: Sequence[Answer], prompts: Sequence[str]) -> list[tuple[ReplyPart, ...]]:
-        """Answers -> contents; the runs of all answers are projected together."""
-        conditions: dict[str, Iterator[Condition]] = {}
-        for modality in {run.modality for answer in answers for run in answer.runs}:
-            states = [run.states for answer in answers for run in answer.runs if run.modality == modality]
-            conditions[modality] = iter(self._conditions(modality, torch.stack(states)))
-        contents: list[tuple[ReplyPart, ...]] = []
-        for answer, prompt in zip(answers, prompts, strict=True):
-            parts: list[ReplyPart] = []
-            for part in answer.parts:
-                if isinstance(part, Run):
-                    condition = next(conditions[part.modality])
-                    parts.append(PlannedPart(part.modality, condition, caption_of(parts, prompt)))
-                else:
-                    parts.append(TextPart(part))
-            contents.append(tuple(parts))
-        return contents
-
-    @torch.no_grad()
-    def _conditions(self, modality: str, states: Tensor) -> list[Condition]:
-        """float[M, S, D] -> M conditions of one sample each, float32 on the CPU."""
-        condition = self.model.project(modality, states).to("cpu", torch.float32)
-        return [condition[row] for row in range(len(condition))]
-
     def _generate(
         self,
         generator: Generator,
@@ -455,7 +392,7 @@ class AnyGenPipeline:
     ) -> list[MadePart]:
         """Media of one modality, in batches."""
         media: list[Media] = []
-        batches = _chunks(len(parts), batch_size)
+        batches = chunks(len(parts), batch_size)
         with progress_bars(shown=progress) as bars:
             task = bars.add_task(f"{generator.modality} × {len(parts)}", total=None)
             for number, batch in enumerate(batches):
@@ -484,12 +421,12 @@ class AnyGenPipeline:
     def _stream(
         self, conversation: Sequence[Message], given: Prompt, seed: int, config: DecodingConfig, **options: Any
     ) -> Iterator[Event]:
-        clock, prompt = _Clock(), conversation[-1].text
+        clock, prompt = Clock(), conversation[-1].text
         parts: list[ReplyPart] = []
         finish: Literal["stop", "length"] = "stop"
         made = 0
         with memory():
-            media = self._read([given])
+            media = read_media(self.model, [given])
             if media:
                 clock.lap("encoders")
             events = decode(self.model, [given], media=media, config=config, seeds=[seed], drawable=self.drawable)
@@ -503,7 +440,7 @@ class AnyGenPipeline:
                         yield TextDelta(text)
                     case Run(modality=modality, states=states):
                         part = PlannedPart(
-                            modality, self._conditions(modality, states[None])[0], caption_of(parts, prompt)
+                            modality, conditions_of(self.model, modality, states[None])[0], caption_of(parts, prompt)
                         )
                         clock.lap("llm")
                         yield MediaStarted(modality, made, part.caption)
@@ -535,19 +472,6 @@ class AnyGenPipeline:
         return made
 
 
-class _Clock:
-    """Seconds by stage; a stage may be entered again."""
-
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, stage: str) -> None:
-        now = time.perf_counter()
-        self.laps[stage] = self.laps.get(stage, 0.0) + now - self._last
-        self._last = now
-
-
 def _places(plans: Sequence[Reply]) -> dict[str, list[tuple[int, int, int]]]:
     """modality -> (plan, part, seed) of all that is to be made."""
     places: dict[str, list[tuple[int, int, int]]] = {}
@@ -558,25 +482,6 @@ def _places(plans: Sequence[Reply]) -> dict[str, list[tuple[int, int, int]]]:
                 places.setdefault(part.modality, []).append((row, column, plan.seed + index))
             index += not isinstance(part, TextPart)
     return places
-
-
-def _chunks(count: int, size: int) -> list[slice]:
-    if size < 1:
-        raise ConfigError(f"batch_size is at least 1, got {size}")
-    return [slice(start, start + size) for start in range(0, count, size)]
-
-
-def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
-    """One seed a prompt."""
-    if seed is None:
-        return [secrets.randbelow(_DRAWN_SEEDS) for _ in range(count)]
-    given = [seed] * count if isinstance(seed, int) or not isinstance(seed, Sequence) else list(seed)
-    if len(given) != count:
-        raise ConfigError(f"{count} prompts need one seed or {count}, got {len(given)}")
-    for value in given:
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < _SEEDS:
-            raise ConfigError(f"a seed is a whole number from 0 to 2^63 - 1, got {value!r}")
-    return cast(list[int], given)
 
 
 def _check_steps(steps: int | None) -> None:

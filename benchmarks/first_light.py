@@ -86,9 +86,11 @@ def whole_process(repeats: int) -> Iterator[Row]:
         python("from anygen import hub; hub.resolve('smollm2-135m-instruct')")  # fetched and converted once, not timed
         times, peaks = [], []
         for number in range(repeats):
-            spent, peak = seconds(
-                lambda out=f"{folder}/{number}": run(["generate", DRAW, "--device", "cpu", "--out", out])
-            )
+            out = Path(folder) / str(number)
+            command = ["generate", DRAW, "--device", "cpu", "--out", str(out)]
+            spent, peak = seconds(lambda command=command: run(command))
+            if len(list(out.glob("*.png"))) != 1:
+                raise SystemExit(f"anygen {' '.join(command)} did not draw one picture")
             times.append(spent)
             peaks.append(peak)
     yield Row(f'anygen generate "{DRAW}", whole process', median(times), "s", 20.0)
@@ -234,7 +236,7 @@ def run(arguments: list[str]) -> int:
     """Runs `anygen …` -> its peak resident memory in bytes."""
     with quiet() as out:
         process = subprocess.Popen(
-            [sys.executable, "-m", "anygen.cli", *arguments], stdout=out, stderr=out, env=environment()
+            [sys.executable, "-m", "anygen", *arguments], stdout=out, stderr=out, env=environment()
         )
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)

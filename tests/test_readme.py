@@ -120,7 +120,7 @@ def test_the_first_command_draws_a_picture(embedded_default: Path, tmp_path: Pat
 
     arguments = next(arguments for arguments in commands("README.md") if "Draw a red apple" in arguments)
     run = subprocess.run(
-        [sys.executable, "-m", "anygen.cli", *arguments, *(["--json"] if "--json" not in arguments else [])],
+        [sys.executable, "-m", "anygen", *arguments, *(["--json"] if "--json" not in arguments else [])],
         capture_output=True,
         text=True,
         cwd=tmp_path,

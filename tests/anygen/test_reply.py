@@ -91,6 +91,16 @@ def test_a_number_that_another_process_took_is_not_taken_again(tmp_path: Path, m
     assert (tmp_path / "01-a-red-apple.png").read_text() == "somebody else's"
 
 
+def test_a_disk_that_refuses_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image, "_write", full)
+    with pytest.raises(OutputError, match=r"01-a-red-apple\.png cannot be written: No space left on device"):
+        reply(picture()).save(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_files_say_how_they_came_about(tmp_path: Path) -> None:
     paths = reply(picture(), picture(image=BLUE, seed=8), options={"steps": 3}).save(tmp_path)
     told = read_metadata(paths[0])
