@@ -22,7 +22,6 @@ KINDS: dict[str, tuple[str, str]] = {
     "autoencoder": ("anygen.training.autoencoder", "AutoencoderRecipe"),
     "diffusion": ("anygen.training.diffusion", "DiffusionRecipe"),
     "contrastive": ("anygen.training.contrastive", "ContrastiveRecipe"),
-    "anchoring": ("anygen.training.anchoring", "AnchoringRecipe"),
     "alignment": ("anygen.training.alignment", "AlignmentRecipe"),
     "instruction": ("anygen.training.instruction", "InstructionRecipe"),
 }

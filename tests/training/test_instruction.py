@@ -13,7 +13,7 @@ from anygen.generators.stable_diffusion import EMBEDS, StableDiffusionGenerator
 from anygen.manifest import verify
 from anygen.model import AnyGenModel
 from anygen.prompts import pad
-from anygen.training import alignment, anchoring, instruction
+from anygen.training import alignment, instruction
 from anygen.training.assemble import assemble
 from anygen.training.icons import IconSet
 from anygen.training.pictures import PictureSource
@@ -93,23 +93,6 @@ def test_only_the_named_parts_train(run: Path, parts: Parts, tmp_path: Path) -> 
         assert bool(moved) == (name == files[0])
     with pytest.raises(ConfigError, match="unknown parts: encoder; the model has llm, signal_tokens, encoders"):
         instruction.freeze_others(load(run, parts), ("encoder",))
-
-
-def test_an_anchored_projector_gives_names(run: Path, parts: Parts, icons: IconSet, tmp_path: Path) -> None:
-    settings = {key: parts[key] for key in ("icons", "encoder", "llm")}
-    figures = anchoring.train(
-        anchoring.AnchoringRecipe(
-            **settings, model=str(run / "model"), prompt_tokens=6, pool=32, batch_size=32, steps=150, learning_rate=1e-2
-        ),
-        tmp_path,
-    )
-    assert figures["loss"] < 0.8  # 1 is what a constant reaches; the encoder is random
-    model = load(tmp_path, parts)
-    assert model.settings.slots == {"image": 6}
-    before, after = load(run, parts), model
-    assert torch.equal(before.signal_tokens.rows, after.signal_tokens.rows)
-    for key, value in before.output_projectors.state_dict().items():
-        assert torch.equal(value, after.output_projectors.state_dict()[key])
 
 
 def test_plain_talk_teaches_the_route_alone(run: Path, parts: Parts, icons: IconSet) -> None:
