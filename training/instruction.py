@@ -334,7 +334,8 @@ def train(recipe: InstructionRecipe, out: Path) -> dict[str, float]:
     model.set_metric("image", {EMBEDS: attention_metric(generator.unet)})
     freeze_others(model, recipe.trains)
     if recipe.compile:
-        for layer in model.llm.base.get_decoder().layers:
+        layers: Any = model.llm.base.get_decoder().layers
+        for layer in layers:
             layer.compile(dynamic=True)
     for part, (trainable, total) in model.trainable_parameters().items():
         log.write(part=part, trainable=trainable, parameters=total)

@@ -11,6 +11,7 @@ from anygen.encoders.imagebind_config import ImageBindConfig, VisionConfig
 from anygen.errors import CheckpointError, ConfigError
 from anygen.generators.stable_diffusion import EMBEDS, StableDiffusionGenerator
 from anygen.manifest import verify
+from anygen.messages import MediaPart
 from anygen.model import AnyGenModel
 from anygen.prompts import pad
 from anygen.training import alignment, instruction
@@ -22,7 +23,7 @@ from anygen.training.requests import Conversations
 if TYPE_CHECKING:
     from anygen.llm import LLM
 
-Parts = dict[str, str]
+Parts = dict[str, Any]  # directories, by the names of the recipe's fields
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +146,7 @@ def test_kept_states_are_those_of_the_plain_pass(run: Path, parts: Parts, icons:
 
 def test_contexts_ask_for_every_name_in_every_style_first(icons: IconSet) -> None:
     items = alignment.contexts(Conversations(icons.concepts, [], 0), 36, 0)
-    captions = {str(part.media) for item in items for part in item.messages[-1].parts if hasattr(part, "media")}
+    captions = {str(part.media) for item in items for part in item.messages[-1].parts if isinstance(part, MediaPart)}
     assert len(captions) == 36  # six concepts, five styles and none
     assert {"a red circle", "a red circle, in the flat style"} <= captions
 
