@@ -40,7 +40,8 @@ def register(kind: Kind, name: str) -> Callable[[type[T]], type[T]]:
         taken = _registered.get((kind, name)) or _builtin(kind).get(name)
         own = f"{cls.__module__}:{cls.__qualname__}"
         if taken is not None and taken is not cls and taken != own:
-            raise ConfigError(f"the {kind} name '{name}' is taken by {taken}; choose another for {own}")
+            owner = taken if isinstance(taken, str) else f"{taken.__module__}:{taken.__qualname__}"
+            raise ConfigError(f"the {kind} name '{name}' is taken by {owner}; choose another for {own}")
         _registered[kind, name] = cls
         return cls
 

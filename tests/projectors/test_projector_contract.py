@@ -61,8 +61,11 @@ def test_an_output_projector_moves_every_parameter_and_passes_the_gradient_on(na
     torch.stack([value.pow(2).sum() for value in made.tensors.values()]).sum().backward()
     still = [key for key, value in project.named_parameters() if value.grad is None]
     assert still == []
-    assert states.grad is not None and embeddings.grad is not None
-    assert states.grad.abs().sum() > 0 and embeddings.grad.abs().sum() > 0
+    assert states.grad is not None and states.grad.abs().sum() > 0
+    if name == "low_rank":  # the embeddings are the same for every run: a linear map's bias holds all they could say
+        assert embeddings.grad is None
+    else:
+        assert embeddings.grad is not None and embeddings.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("name", names("input_projector"))
