@@ -154,6 +154,11 @@ class StableDiffusionGenerator(Generator):
         self.text.tokenizer.save_pretrained(directory / "tokenizer")
         save_file({EMBEDS: self.unconditional.contiguous().cpu()}, directory / "unconditional.safetensors")
         self.defaults.save(directory / "sampling.json")
+        for part in ("vae", "unet"):  # diffusers notes the directory that a part was loaded from
+            config = directory / part / "config.json"
+            known = json.loads(config.read_text(encoding="utf-8"))
+            known.pop("_name_or_path", None)
+            config.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
         index = {
             "_class_name": "StableDiffusionPipeline",
             "feature_extractor": [None, None],

@@ -126,6 +126,8 @@ def test_a_saved_folder_gives_the_same_pictures_here_and_in_diffusers(
     dogs = (part.encode_text(["two dogs"]).tensors[EMBEDS] for part in (loaded, generator))
     torch.testing.assert_close(*dogs)
     assert loaded.defaults == generator.defaults
+    loaded.save_pretrained(tmp_path / "again")
+    assert not [path for path in (tmp_path / "again").rglob("*.json") if str(tmp_path) in path.read_text()]
     pipeline: Any = StableDiffusionPipeline.from_pretrained(tmp_path)
     pipeline.set_progress_bar_config(disable=True)
     picture = pipeline("a red apple", num_inference_steps=3, guidance_scale=4.0, output_type="np",
