@@ -84,7 +84,16 @@ def load_strict(module: nn.Module, state: dict[str, torch.Tensor], what: str) ->
     Raises:
         CheckpointError: lists the missing, the unexpected and the mis-shaped keys.
     """
-    own = module.state_dict()
+    check_fit(module.state_dict(), state, what)
+    module.load_state_dict(state)
+
+
+def check_fit(own: dict[str, torch.Tensor], state: dict[str, torch.Tensor], what: str) -> None:
+    """Compares the keys and shapes of `state` with those wanted.
+
+    Raises:
+        CheckpointError: lists the missing, the unexpected and the mis-shaped keys.
+    """
     faults = [f"missing {key}" for key in own if key not in state]
     faults += [f"unexpected {key}" for key in state if key not in own]
     faults += [
@@ -95,4 +104,3 @@ def load_strict(module: nn.Module, state: dict[str, torch.Tensor], what: str) ->
     if faults:
         more = f" and {len(faults) - 8} more" if len(faults) > 8 else ""
         raise CheckpointError(f"{what} does not fit: {'; '.join(faults[:8])}{more}")
-    module.load_state_dict(state)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 import torch
 from torch import Tensor, nn
 
-from anygen.component import read_safetensors
+from anygen.component import check_fit, read_safetensors
 from anygen.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -202,17 +202,7 @@ class LLM(nn.Module):
         config.base_model_name_or_path = None  # PEFT warns that a directory has another name than the hub's
         self.add_adapter(config)
         state = read_safetensors(directory, "adapter_model")
-        own = get_peft_model_state_dict(self.model)
-        faults = [f"missing {key}" for key in own if key not in state]
-        faults += [f"unexpected {key}" for key in state if key not in own]
-        faults += [
-            f"{key} is {tuple(state[key].shape)}, not {tuple(own[key].shape)}"
-            for key in own
-            if key in state and state[key].shape != own[key].shape
-        ]
-        if faults:
-            more = f" and {len(faults) - 8} more" if len(faults) > 8 else ""
-            raise CheckpointError(f"the adapter in {directory} does not fit: {'; '.join(faults[:8])}{more}")
+        check_fit(get_peft_model_state_dict(self.model), state, f"the adapter in {directory}")
         set_peft_model_state_dict(self.model, state)
 
     def save_adapter(
