@@ -50,7 +50,7 @@ class Example:
     ids: list[int]
     """The adapter view, the answer and its end included."""
     labels: list[int]
-    """The ids of the answer (route, text, runs, end), -100 before."""
+    """The ids of the answer (route, text, first token of each run, end); -100 before it and where a run is forced."""
     media: list[MediaPart]
     """The media parts whose slots stand in `ids`, in reading order."""
     drawn: list[MediaPart]
@@ -75,6 +75,7 @@ class PromptBuilder:
         if not tokenizer.chat_template:
             raise ConfigError("the LLM's tokenizer has no chat template; anygen needs an instruction-tuned model")
         self.tokenizer, self.signal_tokens, self.slots = tokenizer, signal_tokens, dict(slots)
+        self._forced = {token for run in signal_tokens.runs.values() for token in run[1:]}
 
     def slot_id(self, modality: str) -> int:
         """The negative id of an input modality's slots: -1 for the first, -2 for the second."""
@@ -120,7 +121,7 @@ class PromptBuilder:
         ids = ids[:stop] if stop else [*ids, cast(int, self.tokenizer.eos_token_id)]
         return Example(
             prompt.ids + ids,
-            [IGNORED] * len(prompt.ids) + ids,
+            [IGNORED] * len(prompt.ids) + [IGNORED if token in self._forced else token for token in ids],
             marks.slots,
             [part for part in messages[-1].parts if isinstance(part, MediaPart)],
         )

@@ -249,7 +249,8 @@ def _tokens(name: str, trunk: TrunkConfig) -> nn.Module:
         # the release repeats still images in step 0; `Tubelets` has no need to
         stem = Stem(nn.Sequential(nn.Identity(), Tubelets(width, trunk.frames, trunk.patch)), None)
         shapes = ((3, size, size), (3, trunk.frames, size, size))
-        return PatchTokens(stem, "rgbt_stem", width=width, patches=(size // trunk.patch) ** 2, shapes=shapes)
+        patches, drop = (size // trunk.patch) ** 2, trunk.drop_patches
+        return PatchTokens(stem, "rgbt_stem", width=width, patches=patches, shapes=shapes, drop=drop)
     if isinstance(trunk, TextConfig):
         return WordTokens(width, vocab_size=trunk.vocab_size, context_length=trunk.context_length)
     if isinstance(trunk, PlaneConfig):

@@ -39,9 +39,13 @@ class VisionConfig(TrunkConfig):
     patch: int = 14
     frames: int = 2
     """Frames of a clip, all spanned by each patch; a still image is taken as this many equal frames."""
+    drop_patches: float = 0.0
+    """Share of each picture's patches that training leaves out, drawn at random (FLIP, arXiv:2212.00794)."""
 
     def __post_init__(self) -> None:
         TrunkConfig.__post_init__(self)
+        if not 0 <= self.drop_patches < 1:
+            raise ConfigError(f"drop_patches is {self.drop_patches}, not in [0, 1)")
         if self.image_size % self.patch:
             raise ConfigError(f"image_size {self.image_size} is not a multiple of patch {self.patch}")
 
@@ -146,6 +150,6 @@ class ImageBindConfig(Config):
         """Images of 128 pixels and short texts, some 8 million parameters."""
         return cls(
             out_dim=256,
-            vision=VisionConfig(width=256, blocks=6, heads=4, image_size=128, patch=16),
+            vision=VisionConfig(width=256, blocks=6, heads=4, image_size=128, patch=8),
             text=TextConfig(width=192, blocks=4, heads=4, vocab_size=vocab_size, context_length=32),
         )

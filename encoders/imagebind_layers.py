@@ -142,13 +142,22 @@ class PatchTokens(nn.Module):
     Args:
         stem_name: the published name of the stem, `rgbt_stem` or `depth_stem`.
         shapes: the shapes without batch axis that are taken.
+        drop: the share of patches that is left out in training.
     """
 
     def __init__(
-        self, stem: Stem, stem_name: str, *, width: int, patches: int, shapes: tuple[tuple[int, ...], ...]
+        self,
+        stem: Stem,
+        stem_name: str,
+        *,
+        width: int,
+        patches: int,
+        shapes: tuple[tuple[int, ...], ...],
+        drop: float = 0.0,
     ) -> None:
         super().__init__()
         self.stem_name, self.shapes = stem_name, shapes
+        self.dropped = int(drop * patches)
         self.add_module(stem_name, stem)
         self.cls_token = nn.Parameter(torch.randn(1, 1, width) * width**-0.5)
         self.pos_embedding_helper = nn.ParameterDict(
@@ -156,14 +165,19 @@ class PatchTokens(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """float[B, *shape] -> float[B, 1 + patches, C].
+        """float[B, *shape] -> float[B, 1 + patches, C]; in training without those that are dropped.
 
         Raises:
             MediaError: the input has none of the shapes; names them.
         """
         _check_shape(x, self.shapes)
         tokens = self.get_submodule(self.stem_name)(x)
-        return _with_class(tokens, self.cls_token) + self.pos_embedding_helper["pos_embed"]
+        tokens = _with_class(tokens, self.cls_token) + self.pos_embedding_helper["pos_embed"]
+        if not self.training or not self.dropped:
+            return tokens
+        order = torch.rand(tokens.shape[0], tokens.shape[1] - 1, device=tokens.device).argsort(1)
+        kept = 1 + order[:, self.dropped :, None].expand(-1, -1, tokens.shape[2])
+        return torch.cat([tokens[:, :1], tokens.gather(1, kept)], dim=1)
 
 
 class MotionTokens(nn.Module):

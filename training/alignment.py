@@ -172,9 +172,11 @@ def with_low_rank(model: AnyGenModel, rank: int) -> AnyGenModel:
 
 @torch.no_grad()
 def _distance(model: AnyGenModel, states: Tensor, targets: Tensor, metric: Tensor) -> float:
-    """Mean squared error as the generator's cross-attention sees it, over at most 1,024 runs."""
-    made = model.project("image", states[:1024].to(model.device).float()).tensors[EMBEDS].cpu()
-    return ((made - targets[:1024].float()) @ metric.cpu()).square().mean().item()
+    """Squared error as the generator's cross-attention sees it, as a share of the targets' variance."""
+    made = model.project("image", states.to(model.device).float()).tensors[EMBEDS].cpu()
+    aim, seen_by = targets.float(), metric.cpu()
+    error, spread = ((made - aim) @ seen_by).square().mean(), ((aim - aim.mean(0)) @ seen_by).square().mean()
+    return (error / spread).item()
 
 
 def train(recipe: AlignmentRecipe, out: Path) -> dict[str, float]:
@@ -193,6 +195,7 @@ def train(recipe: AlignmentRecipe, out: Path) -> dict[str, float]:
     items = contexts(Conversations(icons.concepts, [], recipe.seed), recipe.contexts, recipe.seed)
     states, captions = read_states(model, items, recipe.read_batch)
     log.write(read=len(states), contexts=len(items))
+    held_out = min(1024, len(states) // 8)
     with torch.inference_mode():
         targets = torch.cat(
             [
@@ -203,17 +206,30 @@ def train(recipe: AlignmentRecipe, out: Path) -> dict[str, float]:
     metric = attention_metric(generator.unet)
     if recipe.low_rank is not None:
         model = with_low_rank(model, recipe.low_rank)
-        down, up, bias = fit_low_rank(states, targets, rank=recipe.low_rank, ridge=recipe.ridge, metric=metric.cpu())
+        seen = slice(len(states) - held_out)
+        down, up, bias = fit_low_rank(
+            states[seen], targets[seen], rank=recipe.low_rank, ridge=recipe.ridge, metric=metric.cpu()
+        )
         model.output_projectors["image"].load_state_dict({"down.weight": down, "up.weight": up, "up.bias": bias})
-        loss = _distance(model, states, targets, metric)
+        loss = _distance(model, states[:1024], targets[:1024], metric)
+        unseen = _distance(model, states[-held_out:], targets[-held_out:], metric)
         model.save_pretrained(out / "model", dtype=torch.bfloat16, parts=False)
-        log.write(final=True, low_rank=recipe.low_rank, loss=loss)
-        return {"loss": loss}
-    states, targets = states.to(device), targets.to(device)
+        log.write(final=True, low_rank=recipe.low_rank, loss=loss, held_out=unseen)
+        return {"loss": loss, "held_out": unseen}
+    unseen = _distance(model, states[-held_out:], targets[-held_out:], metric)
+    log.write(step=0, held_out=unseen)
+    kept_states, kept_targets = states[-held_out:], targets[-held_out:]
+    states, targets = states[:-held_out].to(device), targets[:-held_out].to(device)
     model.alignment = AlignmentConfig(mse=1.0)
     model.set_metric("image", {EMBEDS: metric})
     projector = model.output_projectors["image"].train()
-    optimizer = torch.optim.AdamW(projector.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        projector.parameters(),
+        lr=recipe.learning_rate,
+        betas=(0.9, 0.98),
+        weight_decay=0.01,
+        fused=device.type == "cuda",
+    )
     average = torch.optim.swa_utils.AveragedModel(
         projector, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(recipe.ema)
     )
@@ -234,6 +250,7 @@ def train(recipe: AlignmentRecipe, out: Path) -> dict[str, float]:
         if progress.step % 100 == 0 or progress.done:
             log.write(step=progress.step, loss=loss.item())
     projector.load_state_dict(average.module.state_dict())
+    unseen = _distance(model, kept_states, kept_targets, metric)
     model.save_pretrained(out / "model", dtype=torch.bfloat16, parts=False)
-    log.write(final=True, step=progress.step, loss=loss.item())
-    return {"steps": float(progress.step), "loss": loss.item()}
+    log.write(final=True, step=progress.step, loss=loss.item(), held_out=unseen)
+    return {"steps": float(progress.step), "loss": loss.item(), "held_out": unseen}

@@ -1,7 +1,8 @@
 """Trains the image autoencoder of the embedded default.
 
 Source: Rombach et al. 2022 (arXiv:2112.10752), section 3.1, without its patch discriminator: icons have no texture to
-hallucinate, and an L1 + gradient loss keeps their edges.
+hallucinate, and an L1 + gradient loss keeps their edges. Pictures come from a pool on the device, some of them turned
+and mirrored: latents are to hold whatever is drawn, not only what stands upright.
 """
 
 from dataclasses import dataclass
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from anygen.config import Config
-from anygen.training.loop import AveragedWeights, Progress, RunLog, bf16_on_gpu, save_grid, start
-from anygen.training.pictures import PictureSource, load_icons
+from anygen.training.loop import AveragedWeights, Pace, Progress, RunLog, bf16_on_gpu, compiled, save_grid, start
+from anygen.training.pictures import PicturePool, PictureSource, load_icons, turned
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +34,10 @@ class AutoencoderRecipe(Config):
     """Widths of the levels; each but the last halves the side."""
     latent_channels: int = 12
     layers_per_block: int = 1
+    pool: int = 60_000
+    """Pictures that are composed once and drawn from."""
+    turned: float = 0.5
+    """Share of each batch that is mirrored, or turned by quarters, or both."""
     batch_size: int = 64
     steps: int = 8000
     minutes: float | None = None
@@ -41,6 +46,8 @@ class AutoencoderRecipe(Config):
     kl_weight: float = 1e-4
     ema: float = 0.999
     compile: bool = False
+    compile_mode: str = "default"
+    """`torch.compile`'s; "reduce-overhead" replays the step as a CUDA graph."""
     seed: int = 0
 
 
@@ -105,36 +112,46 @@ def train(recipe: AutoencoderRecipe, out: Path) -> dict[str, float]:
     accelerator = start(recipe.seed)
     device, log = accelerator.device, RunLog(out, "vae")
     icons = load_icons(recipe.icons, recipe.checksum)
-    source = PictureSource(icons, seed=recipe.seed, device=device)
-    vae = build(recipe).to(memory_format=torch.channels_last)
+    pool = PicturePool(PictureSource(icons, seed=recipe.seed, device=device), recipe.pool)
+    log.write(pool=len(pool))
+    vae = build(recipe)
     if recipe.freeze_encoder:
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)
     trained = [parameter for parameter in vae.parameters() if parameter.requires_grad]
-    objective = _Objective(vae, recipe.kl_weight)
-    optimizer = torch.optim.AdamW(trained, lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    objective: Any = _Objective(vae, recipe.kl_weight)
+    objective = objective.to(device, memory_format=torch.channels_last)
+    optimizer: Any = torch.optim.AdamW(
+        trained, lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4, fused=device.type == "cuda"
+    )
     objective, optimizer = accelerator.prepare(objective, optimizer)
     average = AveragedWeights(vae, recipe.ema)
-    step_fn: Any = torch.compile(objective) if recipe.compile else objective
-    side = icons.pixels.shape[-1] // 2 ** (len(recipe.channels) - 1)
-    batches = source.batches(recipe.batch_size)
-    progress = Progress(recipe.steps, recipe.minutes)
+    step_fn = compiled(objective, recipe.compile_mode if recipe.compile else None)
+    side = icons.pixels.shape[-1] // 2 ** (len(vae.config.block_out_channels) - 1)
+    noise_shape = (recipe.batch_size, vae.config.latent_channels, side, side)
+    progress, pace = Progress(recipe.steps, recipe.minutes), Pace()
     while not progress.done:
         for group in optimizer.param_groups:
             group["lr"] = progress.learning_rate(recipe.learning_rate)
-        pixels = (next(batches).pixels * 2 - 1).contiguous(memory_format=torch.channels_last)
-        noise = torch.randn(len(pixels), recipe.latent_channels, side, side, device=device)
+        pixels = turned(pool.draw(recipe.batch_size), recipe.turned)
+        noise = torch.randn(noise_shape, device=device).contiguous(memory_format=torch.channels_last)
         with bf16_on_gpu(device):
             loss, squared = step_fn(pixels, noise)
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(trained, 1.0)
         optimizer.step()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=True)
         average.update(vae, progress.step)
         progress.step += 1
         if progress.step % 200 == 0 or progress.done:
-            psnr = -10 * torch.log10(squared / 4).item()
-            log.write(step=progress.step, loss=loss.item(), batch_psnr=psnr, images=progress.step * recipe.batch_size)
+            psnr, images = -10 * torch.log10(squared / 4).item(), progress.step * recipe.batch_size
+            log.write(
+                step=progress.step,
+                loss=loss.item(),
+                batch_psnr=psnr,
+                images=images,
+                images_per_second=pace.report(images),
+            )
     figures = measure(average.module, PictureSource(icons, seed=1, device=device, held_out=True), out)
     if recipe.freeze_encoder:
         figures["scaling_factor"] = vae.config.scaling_factor

@@ -1,23 +1,42 @@
-"""Trains the image generator of the embedded default: UNet and text encoder together, on latents kept on the device.
+"""Trains the image generator of the embedded default on latents kept on the device.
+
+First UNet and text encoder together, then, from that start, the UNet alone: the text encoder's output is the space that
+an output projector is fitted to, and it can be fitted while the UNet goes on, because `freeze_text` keeps the space.
 
 Source: Rombach et al. 2022 (arXiv:2112.10752), where the text encoder of the text-to-image model is trained with the
 UNet; velocity target (arXiv:2202.00512), zero terminal signal-to-noise ratio (arXiv:2305.08891), min-SNR weighting
-(arXiv:2303.09556).
+(arXiv:2303.09556), noise on the condition (Ho et al. 2021, arXiv:2106.15282, "conditioning augmentation").
 """
 
+import copy
 import random
+import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from anygen.config import Config
+from anygen.errors import ConfigError
 from anygen.generators.stable_diffusion import SamplingDefaults, StableDiffusionGenerator, TextConditioner
 from anygen.training.captions import canonical, caption_corpus, said, varied
 from anygen.training.icons import IconSet
-from anygen.training.loop import AveragedWeights, Progress, RunLog, bf16_on_gpu, save_grid, start
+from anygen.training.loop import (
+    Alarm,
+    AveragedWeights,
+    Pace,
+    Progress,
+    RunLog,
+    bf16_on_gpu,
+    compiled,
+    save_grid,
+    start,
+)
 from anygen.training.pictures import PictureSource, load_icons
 from anygen.training.tokenizer import train_tokenizer
 
@@ -32,6 +51,10 @@ class DiffusionRecipe(Config):
     """Directory of the trained autoencoder."""
     checksum: str | None = None
     """The icon set's checksum; None accepts any."""
+    start: str | None = None
+    """Directory of a generator trained by such a recipe, to go on from; its own sizes and tokenizer then hold."""
+    freeze_text: bool = False
+    """Trains the UNet alone; the text encoder is written as it was read."""
     channels: tuple[int, ...] = (128, 224, 288)
     transformer_layers: tuple[int, ...] = (1, 1, 1)
     layers_per_block: int = 1
@@ -46,12 +69,24 @@ class DiffusionRecipe(Config):
     steps: int = 16_000
     minutes: float | None = None
     learning_rate: float = 8e-4
+    decay: bool = True
+    """Lets the learning rate fall along a cosine; without, it stays at its peak, for another run to go on from."""
     ema: float = 0.9995
     caption_dropout: float = 0.1
+    condition_noise: float = 0.0
+    """Most noise on the text encoder's output, in its standard deviations; see `disturbed`."""
     min_snr: float = 5.0
     compile: bool = False
+    compile_mode: str = "default"
+    """`torch.compile`'s; "reduce-overhead" replays the step as a CUDA graph."""
+    checkpoint_minutes: float | None = None
+    """Writes the generator as it is so far, every so often."""
     sampling: SamplingDefaults = field(default_factory=lambda: SamplingDefaults(steps=16, guidance_scale=3.5))
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.freeze_text and self.start is None:
+            raise ConfigError("freeze_text needs a start: an untrained text encoder would stay as it is")
 
 
 def build_unet(recipe: DiffusionRecipe, latent_channels: int, side: int) -> Any:
@@ -112,27 +147,69 @@ def build_scheduler() -> Any:
     )
 
 
+def build_parts(recipe: DiffusionRecipe, icons: IconSet, vae: Any) -> tuple[Any, TextConditioner]:
+    """The UNet and the text encoder to train, in float32: untrained, or those of `recipe.start`.
+
+    Raises:
+        CheckpointError: there is no generator in `recipe.start`.
+        ConfigError: it draws other latents than the autoencoder's.
+    """
+    latent_channels = vae.config.latent_channels
+    if recipe.start is None:
+        side = icons.pixels.shape[-1] // 2 ** (len(vae.config.block_out_channels) - 1)
+        return build_unet(recipe, latent_channels, side), build_text(recipe, icons)
+    generator = StableDiffusionGenerator.from_pretrained(recipe.start)
+    if (drawn := generator.unet.config.in_channels) != latent_channels:
+        raise ConfigError(f"{recipe.start} draws {drawn} latent channels, the autoencoder has {latent_channels}")
+    return generator.unet, generator.text
+
+
+class CaptionTokens:
+    """Token ids of many captions at once: those of `TextConditioner.tokenize`, with little Python per caption."""
+
+    def __init__(self, text: TextConditioner) -> None:
+        """Copies the tokenizer's fast backend, whose settings a call through transformers would change."""
+        from tokenizers import Tokenizer
+
+        core: Any = text.tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+        self.context = text.encoder.config.max_position_embeddings
+        self.padding = text.tokenizer.pad_token_id
+        self.backend = Tokenizer.from_str(core.to_str())
+        self.backend.no_padding()
+        self.backend.enable_truncation(self.context)
+
+    def __call__(self, captions: Sequence[str]) -> Tensor:
+        """int64[B, L], on the CPU."""
+        rows = [encoding.ids for encoding in self.backend.encode_batch_fast(captions)]
+        lengths = np.array([len(row) for row in rows])
+        ids = np.full((len(rows), self.context), self.padding)
+        ids[np.arange(self.context) < lengths[:, None]] = np.fromiter(chain.from_iterable(rows), np.int64)
+        return torch.from_numpy(ids)
+
+
 class LatentPool:
     """Composed pictures as latents, each with two captions, on the training device."""
 
     def __init__(self, recipe: DiffusionRecipe, source: PictureSource, vae: Any, text: TextConditioner) -> None:
-        rng, icons = random.Random(recipe.seed + 1), source.icons
-        size = min(512, recipe.pool)
-        latents, captions = [], []
-        batches = source.batches(size)
-        for _ in range(max(1, recipe.pool // size)):
-            batch = next(batches)
+        rng, icons, tokenize = random.Random(recipe.seed + 1), source.icons, CaptionTokens(text)
+        concepts: list[int] = icons.concept.tolist()
+        latents: list[Tensor] = []
+        tokens: list[Tensor] = []
+        for batch in source.pictures(recipe.pool):
             with torch.no_grad():
                 pixels = (batch.pixels * 2 - 1).to(vae.dtype).contiguous(memory_format=torch.channels_last)
                 posterior = vae.encode(pixels).latent_dist
                 latents.append((posterior.sample() * vae.config.scaling_factor).to(torch.bfloat16))
+            captions = []
             for icon, drawing in zip(batch.icons, batch.drawings, strict=True):
-                concept = icons.concepts[int(icons.concept[icon])]
+                concept = icons.concepts[concepts[icon]]
                 captions.append(canonical(said(drawing, concept, rng, open_style=0.08)))
                 captions.append(varied(said(drawing, concept, rng), rng))
+            tokens.append(tokenize(captions))
         self.latents = torch.cat(latents)
-        self.tokens = text.tokenize(captions).view(len(self.latents), 2, -1).to(self.latents.device)
-        self.empty = text.tokenize([""])[0].to(self.latents.device)
+        device = self.latents.device
+        self.tokens = torch.cat(tokens).view(len(self.latents), 2, -1).to(device)
+        self.empty = tokenize([""])[0].to(device)
 
     def draw(self, size: int, dropout: float) -> tuple[Tensor, Tensor]:
         """float[B, c, h, w] latents and int64[B, L] captions, a share of them empty."""
@@ -143,12 +220,28 @@ class LatentPool:
         return self.latents[rows].float(), torch.where(dropped, self.empty, tokens)
 
 
+def disturbed(embeds: Tensor, most: float) -> Tensor:
+    """Gaussian noise on a condition, as an output projector's estimate of it errs: float[B, L, C].
+
+    A sample's level is uniform in [0, most], in standard deviations of each position's channel over the batch: where
+    all captions agree, as at the start token, a projector does not err. Half of the variance is shared by the tokens
+    of a sample, half drawn for each.
+    """
+    level = most * torch.rand(len(embeds), 1, 1, device=embeds.device)
+    spread = embeds.detach().float().std(0, correction=0)
+    shared, own = torch.randn_like(embeds[:, :1]), torch.randn_like(embeds)
+    return embeds + level * spread * 0.5**0.5 * (shared + own)
+
+
 class _Objective(nn.Module):
     """Text encoder, UNet and loss in one module, so that it compiles as one graph."""
 
-    def __init__(self, unet: Any, text: Any, alphas_cumprod: Tensor, min_snr: float) -> None:
+    def __init__(
+        self, unet: Any, text: Any, alphas_cumprod: Tensor, min_snr: float, condition_noise: float = 0.0
+    ) -> None:
         super().__init__()
-        self.unet, self.text, self.min_snr = unet, text, min_snr
+        self.unet, self.text = unet, text
+        self.min_snr, self.condition_noise = min_snr, condition_noise
         self.alphas_cumprod: Tensor
         self.register_buffer("alphas_cumprod", alphas_cumprod.clone())
 
@@ -158,6 +251,8 @@ class _Objective(nn.Module):
         signal, sigma = kept.sqrt(), (1 - kept).sqrt()
         noisy = (signal * latents + sigma * noise).contiguous(memory_format=torch.channels_last)
         embeds = self.text(input_ids=tokens).last_hidden_state
+        if self.condition_noise:
+            embeds = disturbed(embeds, self.condition_noise)
         predicted = self.unet(noisy, times, encoder_hidden_states=embeds, return_dict=False)[0].float()
         ratio = (kept / (1 - kept)).flatten()
         weight = ratio.clamp(max=self.min_snr) / (ratio + 1)
@@ -168,7 +263,12 @@ class _Objective(nn.Module):
 
 
 def train(recipe: DiffusionRecipe, out: Path) -> dict[str, float]:
-    """Runs the recipe and writes `out/generator`, a diffusers folder in fp16."""
+    """Runs the recipe and writes `out/generator`, a diffusers folder in fp16.
+
+    Raises:
+        CheckpointError: there is no generator in `recipe.start`.
+        ConfigError: the icon set, or the start, is not what the recipe needs.
+    """
     from diffusers import AutoencoderKL
 
     accelerator = start(recipe.seed)
@@ -177,20 +277,20 @@ def train(recipe: DiffusionRecipe, out: Path) -> dict[str, float]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     vae: Any = AutoencoderKL.from_pretrained(recipe.vae, torch_dtype=dtype)
     vae = vae.to(device, memory_format=torch.channels_last).eval()
-    text, scheduler = build_text(recipe, icons), build_scheduler()
+    (unet, text), scheduler = build_parts(recipe, icons, vae), build_scheduler()
     pool = LatentPool(recipe, PictureSource(icons, seed=recipe.seed, device=device), vae, text)
     log.write(pool=len(pool.latents), latent_std=pool.latents.float().std().item())
-    unet = build_unet(recipe, vae.config.latent_channels, pool.latents.shape[-1])
-    objective: Any = _Objective(unet, text.encoder, scheduler.alphas_cumprod, recipe.min_snr)
-    parameters = [*unet.parameters(), *text.encoder.parameters()]
+    text.encoder.requires_grad_(not recipe.freeze_text)
+    objective: Any = _Objective(unet, text.encoder, scheduler.alphas_cumprod, recipe.min_snr, recipe.condition_noise)
+    objective = objective.to(device, memory_format=torch.channels_last)
+    parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     log.write(unet=sum(p.numel() for p in unet.parameters()), text=sum(p.numel() for p in text.encoder.parameters()))
     optimizer: Any = torch.optim.AdamW(
         parameters, lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=device.type == "cuda"
     )
-    objective = objective.to(memory_format=torch.channels_last)
     objective, optimizer = accelerator.prepare(objective, optimizer)
     average = AveragedWeights(accelerator.unwrap_model(objective), recipe.ema)
-    step_fn: Any = torch.compile(objective) if recipe.compile else objective
+    step_fn = compiled(objective, recipe.compile_mode if recipe.compile else None)
 
     def pack() -> StableDiffusionGenerator:
         conditioner = TextConditioner(average.module.text, text.tokenizer)
@@ -205,10 +305,11 @@ def train(recipe: DiffusionRecipe, out: Path) -> dict[str, float]:
             defaults=recipe.sampling,
         )
 
-    progress, loss = Progress(recipe.steps, recipe.minutes), torch.zeros(())
+    progress, pace, alarm = Progress(recipe.steps, recipe.minutes), Pace(), Alarm(recipe.checkpoint_minutes)
+    last = torch.zeros(())
     while not progress.done:
         for group in optimizer.param_groups:
-            group["lr"] = progress.learning_rate(recipe.learning_rate, warmup=300)
+            group["lr"] = progress.learning_rate(recipe.learning_rate, warmup=300, decay=recipe.decay)
         latents, tokens = pool.draw(recipe.batch_size, recipe.caption_dropout)
         times = torch.randint(scheduler.config.num_train_timesteps, (len(latents),), device=device)
         with bf16_on_gpu(device):
@@ -216,18 +317,23 @@ def train(recipe: DiffusionRecipe, out: Path) -> dict[str, float]:
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=True)
         average.update(accelerator.unwrap_model(objective), progress.step)
+        last = loss.detach().clone()
         progress.step += 1
         if progress.step % 250 == 0 or progress.done:
-            log.write(step=progress.step, loss=loss.item(), images=progress.step * recipe.batch_size)
+            images = progress.step * recipe.batch_size
+            log.write(step=progress.step, loss=last.item(), images=images, images_per_second=pace.report(images))
         if progress.step % 4000 == 0:
             show(pack(), out / f"samples-{progress.step}.png", dtype)
+        if alarm.rings():
+            save_half(pack(), Path(recipe.vae), out / "generator")
+            log.write(checkpoint=True, step=progress.step)
     generator = pack()
     show(generator, out / "samples.png", dtype)
     save_half(generator, Path(recipe.vae), out / "generator")
-    log.write(final=True, step=progress.step, loss=loss.item())
-    return {"loss": loss.item(), "steps": float(progress.step)}
+    log.write(final=True, step=progress.step, loss=last.item())
+    return {"loss": last.item(), "steps": float(progress.step)}
 
 
 SHOWN = (
@@ -251,11 +357,21 @@ def show(generator: StableDiffusionGenerator, path: Path, dtype: torch.dtype) ->
 
 
 def save_half(generator: StableDiffusionGenerator, vae: Path, out: Path) -> None:
-    """Writes the generator in fp16; the autoencoder is copied as it was trained."""
+    """Writes the generator in fp16 and leaves it as it is; the autoencoder is copied as it was trained.
+
+    An earlier one in `out` is replaced when the new one is whole.
+    """
     from diffusers import AutoencoderKL
 
-    generator.vae = AutoencoderKL.from_pretrained(vae, torch_dtype=torch.float16)
-    generator.unet.half()
-    generator.text.encoder.half()
-    generator.unconditional = generator.unconditional.half()
-    generator.save_pretrained(out)
+    fresh = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(fresh, ignore_errors=True)
+    StableDiffusionGenerator(
+        vae=AutoencoderKL.from_pretrained(vae, torch_dtype=torch.float16),
+        unet=copy.deepcopy(generator.unet).half(),
+        scheduler=generator.scheduler,
+        unconditional=generator.unconditional.half(),
+        text=TextConditioner(copy.deepcopy(generator.text.encoder).half(), generator.text.tokenizer),
+        defaults=generator.defaults,
+    ).save_pretrained(fresh)
+    shutil.rmtree(out, ignore_errors=True)
+    fresh.rename(out)

@@ -11,11 +11,11 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from anygen.config import Config
@@ -40,8 +40,9 @@ from anygen.signal_tokens import WORDS
 from anygen.training.contrastive import augment
 from anygen.training.loop import Progress, RunLog
 from anygen.training.losses import AlignmentConfig
+from anygen.training.magpie import self_answers
 from anygen.training.pictures import PictureSource, load_icons
-from anygen.training.requests import Conversations, PoolPicture
+from anygen.training.requests import Conversations, PoolPicture, self_prompts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,6 +67,11 @@ class InstructionRecipe(Config):
     """Kind of conversation -> weight; None takes `requests.MIXTURE`."""
     pool: int = 60_000
     """Pictures that are encoded once and asked about."""
+    feature_noise: float = 0.5
+    """Each picture's features get Gaussian noise of up to so much of their own size, so that the LLM reads a picture
+    whose style it has not seen by what is near it."""
+    answers: int = 1024
+    """Plain questions that the LLM answers once, for conversations that go on after its answer."""
     prompt_tokens: int = 4
     """N, LLM tokens made of one picture."""
     signal_tokens: int = 4
@@ -74,7 +80,9 @@ class InstructionRecipe(Config):
     projector_layers: int = 2
     lora_rank: int = 8
     lora_alpha: int = 16
-    batch_size: int = 192
+    batch_size: int = 256
+    sorted_batches: int = 16
+    """Examples of so many batches are put in the order of their length, so that little is padding."""
     steps: int = 5000
     minutes: float | None = None
     save_steps: int = 500
@@ -82,7 +90,7 @@ class InstructionRecipe(Config):
     learning_rate: float = 1e-3
     """Of projectors and signal rows."""
     lora_learning_rate: float = 5e-4
-    alignment_weight: float = 1.0
+    alignment_weight: float = 3.0
     compile: bool = False
     """Compiles each of the LLM's layers, which fuses the casts around the adapter; the first steps take minutes."""
     bf16: bool = True
@@ -149,9 +157,8 @@ class Examples(Dataset[dict[str, Any]]):
 class Collator:
     """Pads a batch, fetches the features of its pictures and tokenises the captions of its runs."""
 
-    def __init__(self, pool: Picture, generator: StableDiffusionGenerator, model: AnyGenModel) -> None:
+    def __init__(self, pool: Picture, generator: StableDiffusionGenerator) -> None:
         self.features, self.text = pool.features, generator.text
-        self.run_start = model.signal_tokens.runs["image"].start
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Examples -> the arguments of `AnyGenModel.forward`, with caption ids where it wants conditions."""
@@ -166,6 +173,50 @@ class Collator:
         return batch
 
 
+class Batches(Dataset[dict[str, Any]]):
+    """Whole batches whose examples are of like length.
+
+    The examples of `chunk` batches are made together, sorted by length and cut; the chunk's batches then come in a
+    random order. A loader's workers take turns, so each reads its own lane of chunks and makes every example once.
+
+    Args:
+        examples: the supply.
+        collator: list of examples -> batch.
+        size: examples of a batch.
+        chunk: batches that are sorted together.
+        lanes: the loader's workers, at least 1; decides which example is in which batch.
+        seed: of the order.
+    """
+
+    def __init__(self, examples: Examples, collator: Collator, *, size: int, chunk: int, lanes: int, seed: int) -> None:
+        self.examples, self.collator, self.size, self.chunk = examples, collator, size, chunk
+        self.lanes, self.seed = max(1, lanes), seed
+        self._kept: tuple[int, list[list[dict[str, Any]]]] = (-1, [])
+
+    def __len__(self) -> int:
+        return len(self.examples) // self.size
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        """Batch `number`, collated."""
+        turn, lane = divmod(number, self.lanes)
+        chunk, place = divmod(turn, self.chunk)
+        return self.collator(self._chunk(chunk * self.lanes + lane)[place])
+
+    def _chunk(self, number: int) -> list[list[dict[str, Any]]]:
+        if self._kept[0] != number:
+            count = self.size * self.chunk
+            examples = [self.examples[n] for n in range(number * count, (number + 1) * count)]
+            examples.sort(key=lambda example: len(example["ids"]))
+            batches = [examples[first : first + self.size] for first in range(0, count, self.size)]
+            random.Random(f"{self.seed}/{number}").shuffle(batches)
+            self._kept = number, batches
+        return self._kept[1]
+
+
+def _only(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return rows[0]
+
+
 class InstructionTrainer(Trainer):
     """`transformers.Trainer`, with the generator's text encoder giving each batch its alignment targets."""
 
@@ -178,6 +229,11 @@ class InstructionTrainer(Trainer):
     ) -> Any:
         """The model's own loss."""
         caption_ids = inputs.pop("caption_ids", None)
+        if self.recipe.feature_noise and "media" in inputs:
+            seen = inputs["media"]["image"]
+            level = self.recipe.feature_noise * torch.rand(len(seen), 1, 1, device=seen.device)
+            size = seen.square().mean((1, 2), keepdim=True).sqrt()
+            inputs["media"] = {"image": seen + level * size * torch.randn_like(seen)}
         if caption_ids is not None:
             with torch.no_grad():
                 target = self.text_encoder(input_ids=caption_ids).last_hidden_state
@@ -187,10 +243,15 @@ class InstructionTrainer(Trainer):
             align = output.alignment_loss
             self.log_file.write(
                 step=self.state.global_step,
+                tokens=inputs["attention_mask"].numel(),
                 lm_loss=output.lm_loss.item(),
                 alignment_loss=None if align is None else align.item(),
             )
         return (output.loss, output) if return_outputs else output.loss
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """The batches as they come: their examples are random already."""
+        return SequentialSampler(cast(Batches, self.train_dataset if train_dataset is None else train_dataset))
 
     def create_optimizer(self, model: Any = None) -> Any:
         """Two learning rates: the adapter's, and that of everything trained from scratch."""
@@ -333,18 +394,29 @@ def train(recipe: InstructionRecipe, out: Path) -> dict[str, float]:
     model.alignment_weight = recipe.alignment_weight
     model.set_metric("image", {EMBEDS: attention_metric(generator.unet)})
     freeze_others(model, recipe.trains)
-    if recipe.compile:
+    questions = random.Random(recipe.seed).sample(self_prompts(), min(recipe.answers, len(self_prompts())))
+    answers = self_answers(model.llm, questions)
+    log.write(pictures=len(pool.shown), answers=len(answers))
+    if recipe.compile:  # after the answers: generation would compile its own variants
         layers: Any = model.llm.base.get_decoder().layers
         for layer in layers:
             layer.compile(dynamic=True)
     for part, (trainable, total) in model.trainable_parameters().items():
         log.write(part=part, trainable=trainable, parameters=total)
-    conversations = Conversations(icons.concepts, pool.shown, recipe.seed, recipe.mixture)
+    conversations = Conversations(icons.concepts, pool.shown, recipe.seed, recipe.mixture, answers)
+    batches = Batches(
+        Examples(conversations, model, recipe.steps * recipe.batch_size),
+        Collator(pool, generator),
+        size=recipe.batch_size,
+        chunk=recipe.sorted_batches,
+        lanes=recipe.workers,
+        seed=recipe.seed,
+    )
     text_encoder = generator.text.encoder.requires_grad_(False)
     arguments = TrainingArguments(
         output_dir=str(out / "checkpoints"),
         max_steps=recipe.steps,
-        per_device_train_batch_size=recipe.batch_size,
+        per_device_train_batch_size=1,  # of batches
         bf16=recipe.bf16,
         use_cpu=device.type == "cpu",
         max_grad_norm=1.0,
@@ -360,8 +432,8 @@ def train(recipe: InstructionRecipe, out: Path) -> dict[str, float]:
     trainer = InstructionTrainer(
         model=model,
         args=arguments,
-        train_dataset=Examples(conversations, model, recipe.steps * recipe.batch_size),
-        data_collator=Collator(pool, generator, model),
+        train_dataset=batches,
+        data_collator=_only,
         callbacks=[Watch(recipe, out / "model")],
         text_encoder=text_encoder,
         recipe=recipe,

@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,10 +62,59 @@ class Progress:
         """Whether the run has had its steps or its minutes."""
         return self.fraction >= 1
 
-    def learning_rate(self, peak: float, warmup: int = 200) -> float:
-        """Linear warm-up, then a cosine to 1 % of the peak."""
+    def learning_rate(self, peak: float, warmup: int = 200, *, decay: bool = True) -> float:
+        """Linear warm-up, then a cosine to 1 % of the peak, or the peak itself where another run goes on from here."""
         ramp = min(1.0, (self.step + 1) / warmup)
+        if not decay:
+            return peak * ramp
         return peak * ramp * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, self.fraction))))
+
+
+@dataclass
+class Pace:
+    """How many things a second were done since the last report."""
+
+    done: int = 0
+    since: float = field(default_factory=time.monotonic)
+
+    def report(self, done: int) -> float:
+        """Given the count so far; call it after a `.item()`, or work that a GPU has still to do counts as done."""
+        now = time.monotonic()
+        pace = (done - self.done) / max(now - self.since, 1e-9)
+        self.done, self.since = done, now
+        return pace
+
+
+@dataclass
+class Alarm:
+    """Rings every so many minutes; None never rings."""
+
+    minutes: float | None
+    last: float = field(default_factory=time.monotonic)
+
+    def rings(self) -> bool:
+        """Whether the minutes have passed since it last rang, or since it was made."""
+        if self.minutes is None or time.monotonic() - self.last < 60 * self.minutes:
+            return False
+        self.last = time.monotonic()
+        return True
+
+
+def compiled(module: nn.Module, mode: str | None) -> Callable[..., Any]:
+    """A module's forward pass, compiled in one of `torch.compile`'s modes; None leaves it as it is.
+
+    In a mode with CUDA graphs ("reduce-overhead") a call overwrites what the call before it returned and the gradients
+    of its backward pass: copy what is kept, and drop the gradients before the next call.
+    """
+    if mode is None:
+        return module
+    run = torch.compile(module, mode=mode)
+
+    def step(*args: Any) -> Any:
+        torch.compiler.cudagraph_mark_step_begin()
+        return run(*args)
+
+    return step
 
 
 class AveragedWeights:

@@ -163,6 +163,30 @@ PLAIN_FIXED = (
     "Make me laugh.", "Show me the way to Paris in words.", "Write a caption for my holiday.", "I need a friend.",
 )  # fmt: skip
 
+GREET = (
+    "Hello", "Hi", "Hello there", "Good morning", "Good afternoon", "Good day",
+    "Greetings", "Welcome back", "Howdy", "Yo", "Hiya", "Morning", "Evening",
+)  # fmt: skip
+PART = (
+    "Bye", "Goodbye", "Bye bye", "Sleep well", "See you", "See you soon", "See you tomorrow", "So long",
+    "Talk to you later", "Have a nice day", "Have a good one", "Take care", "Until next time", "Good bye for now",
+    "I have to go", "I am off to bed", "That is all for today", "Catch you later", "Farewell", "Enjoy your evening",
+)  # fmt: skip
+REPLY = (
+    "Thanks", "Thank you", "Thank you so much", "Great", "Nice", "Cool", "Wow", "Perfect", "Well done",
+    "Good job", "I see", "Okay", "Fine", "Sure", "Right", "Never mind", "Sorry", "Yes please", "No thanks", "Maybe",
+    "I like it", "That is beautiful", "I love it", "Not bad", "Really", "You are welcome", "Congratulations", "Oh",
+    "What do you mean", "Why", "Who", "Tell me more", "Go on", "I don't know", "I understand", "That was fun",
+)  # fmt: skip
+SMALL = (
+    "How are you today", "What's up", "Nice to meet you", "How was your day",
+    "Are you there", "Do you have a name", "Where are you from",
+    "What are you doing", "Can we talk", "I am bored", "I am happy", "I am hungry", "It is late", "It is raining",
+    "I had a long day", "Do you sleep", "What do you like", "Can you keep a secret", "Tell me about yourself",
+    "What languages do you speak", "I missed you", "Long time no see", "Do you know me", "My name is Sam",
+)  # fmt: skip
+NAMES = ("", "", "", "", " friend", " my friend", " everyone", " anygen", " Anna", " Tom", " buddy", " again")
+
 
 @dataclass(frozen=True, slots=True)
 class PoolPicture:
@@ -206,14 +230,15 @@ def here(drawing: Drawing) -> str:
 
 
 MIXTURE = {
-    "draw": 0.40,
+    "draw": 0.36,
     "draw_two": 0.06,
-    "ask": 0.22,
+    "ask": 0.24,
     "again": 0.05,
-    "change": 0.07,
+    "change": 0.08,
     "cannot": 0.02,
-    "talk": 0.15,
-    "talk_after": 0.03,
+    "talk": 0.13,
+    "talk_after": 0.04,
+    "media_after": 0.02,
 }
 """Kind of conversation -> share."""
 
@@ -226,6 +251,8 @@ class Conversations:
         pool: pictures to ask about.
         seed: every seed has its own conversations.
         mixture: kind -> weight, in place of `MIXTURE`.
+        answers: plain question -> the LLM's own answer, for conversations that go on after one; without any, they
+            start with what was drawn or seen.
 
     Raises:
         ConfigError: a kind of `mixture` does not exist.
@@ -237,8 +264,10 @@ class Conversations:
         pool: Sequence[PoolPicture],
         seed: int,
         mixture: Mapping[str, float] | None = None,
+        answers: Mapping[str, str] | None = None,
     ) -> None:
         self.concepts, self.pool, self.seed = concepts, pool, seed
+        self.answers = list((answers or {}).items())
         self.mixture = dict(MIXTURE if mixture is None else mixture)
         if unknown := sorted(set(self.mixture) - set(MIXTURE)):
             raise ConfigError(f"unknown kinds of conversation: {', '.join(unknown)}; known: {', '.join(MIXTURE)}")
@@ -251,6 +280,7 @@ class Conversations:
             "cannot": self._cannot,
             "talk": self._talk,
             "talk_after": self._talk_after,
+            "media_after": self._media_after,
         }
 
     def __getitem__(self, number: int) -> Conversation:
@@ -369,21 +399,52 @@ class Conversations:
 
     def _plain(self, rng: random.Random) -> str:
         kind = rng.random()
-        if kind < 0.45:
+        if kind < 0.4:
             return rng.choice(self_prompts())
-        if kind < 0.6:
+        if kind < 0.52:
             return _typed(rng.choice(PLAIN_FIXED), rng)
+        if kind < 0.68:
+            return _typed(self._small_talk(rng), rng)
         label, other = self._concept(rng).label, self._concept(rng).label
         form = rng.choice(PLAIN)
         return _typed(form.format(x=with_article(label), n=label, p=plural(label), q=plural(other)), rng)
 
+    def _small_talk(self, rng: random.Random) -> str:
+        """A greeting, a farewell, a word of thanks, or two of these."""
+        said = []
+        for kinds in rng.choice([(GREET,), (PART,), (REPLY,), (SMALL,), (GREET, SMALL), (REPLY, PART), (REPLY, SMALL)]):
+            words = rng.choice(kinds)
+            called = rng.choice(NAMES) if kinds in (GREET, PART, REPLY) else ""
+            said.append(words + (rng.choice([",", ""]) if called else "") + called + rng.choice(["", ".", "!", "."]))
+        if said[0][-1].isalnum() and len(said) > 1:
+            said[0] += rng.choice([",", ".", "!"])
+        if rng.random() < 0.15:
+            said[-1] = said[-1].rstrip(".!") + rng.choice(["?", " :)", "...", "!!"])
+        return " ".join(said)
+
     def _talk(self, rng: random.Random) -> Conversation:
         return Conversation([user(self._plain(rng))], words=True)
 
+    def _talked(self, rng: random.Random) -> list[Message]:
+        """One or two turns of plain talk, as the LLM itself answered them."""
+        turns: list[Message] = []
+        for asked, told in rng.sample(self.answers, min(len(self.answers), rng.choice([1, 1, 2]))):
+            turns += [user(asked), answer(told)]
+        return turns
+
     def _talk_after(self, rng: random.Random) -> Conversation:
-        """A plain question after a picture was drawn or asked about: the answer is of words again."""
-        before = self._draw(rng).messages if rng.random() < 0.6 else self._seen(rng, rng.choice(self.pool))
+        """A plain question after a picture was drawn or asked about, or after talk: the answer is of words again."""
+        kind = rng.random()
+        if kind < 0.3:
+            before = self._talked(rng)
+        else:
+            before = self._draw(rng).messages if kind < 0.7 else self._seen(rng, rng.choice(self.pool))
         return Conversation([*before, user(self._plain(rng))], words=True)
+
+    def _media_after(self, rng: random.Random) -> Conversation:
+        """A request for a picture, or a question about one, after talk."""
+        make = rng.choices([self._draw, self._ask_about, self._change], [0.6, 0.25, 0.15])[0]
+        return Conversation([*self._talked(rng), *make(rng).messages])
 
 
 # "a picture of a flat icon of a dog" reads badly: phrases that are pictures already take no second noun.

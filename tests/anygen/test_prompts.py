@@ -89,9 +89,11 @@ def test_earlier_answers_keep_route_and_runs_in_the_adapter_view_alone(builder: 
 def test_an_example_is_the_prompt_and_then_the_answer_up_to_its_end(builder: PromptBuilder) -> None:
     asked, answer = say("user", PICTURE, "Draw another"), say("assistant", "A pear.", OTHER)
     example, prompt = builder.example([asked, answer]), builder.prompt([asked])
-    learned = [label for label in example.labels if label != -100]
-    assert example.ids == prompt.ids + learned
-    assert example.labels == [-100] * len(prompt.ids) + learned
+    learned = example.ids[len(prompt.ids) :]
+    forced = {*builder.signal_tokens.runs["image"][1:]}
+    assert forced & set(learned)
+    expected = [-100 if token in forced else token for token in learned]  # decoding forces all of a run but its start
+    assert example.labels == [-100] * len(prompt.ids) + expected
     assert text(builder, learned) == "<|media|>A pear.<|image_0|><|image_1|><|im_end|>"
     assert (example.media, example.drawn) == ([PICTURE], [OTHER])
 

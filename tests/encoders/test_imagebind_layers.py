@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from anygen.encoders.imagebind_layers import Attention, Block, Transformer, Tubelets
+from anygen.encoders.imagebind_layers import Attention, Block, PatchTokens, Stem, Transformer, Tubelets
 
 
 @pytest.mark.parametrize(("add_bias_kv", "causal"), [(False, False), (False, True), (True, False)])
@@ -46,3 +46,16 @@ def test_training_drops_whole_branches_and_scales_the_others() -> None:
 def test_dropping_rises_evenly_with_the_depth() -> None:
     trunk = Transformer(8, 3, 2, pre_norm=False, add_bias_kv=False, drop_path=0.4, causal=False)
     assert [block.rate for block in trunk.blocks] == [0.0, 0.2, 0.4]
+
+
+def test_training_drops_patches_but_never_the_class_token() -> None:
+    torch.manual_seed(0)
+    stem = Stem(nn.Conv2d(1, 4, 2, stride=2, bias=False), None)
+    tokens = PatchTokens(stem, "rgbt_stem", width=4, patches=16, shapes=((1, 8, 8),), drop=0.5)
+    x = torch.randn(32, 1, 8, 8)
+    whole, part = tokens.eval()(x), tokens.train()(x)
+    assert whole.shape == (32, 17, 4) and part.shape == (32, 9, 4)
+    assert torch.equal(part[:, 0], whole[:, 0])
+    kept = (part[:, 1:, None] == whole[:, None, 1:]).all(-1)  # [B, 8, 16]
+    assert bool((kept.sum(2) == 1).all()) and int(kept.sum(1).max()) == 1  # each another patch at its own place
+    assert len({tuple(row.tolist()) for row in kept.any(1)}) > 24

@@ -175,6 +175,8 @@ def test_configurations_that_cannot_be_built_are_refused() -> None:
         VisionConfig(width=10, blocks=1, heads=4)
     with pytest.raises(ConfigError, match=r"drop_path is 1\.0, not in \[0, 1\)"):
         MotionConfig(width=8, blocks=1, heads=4, drop_path=1.0)
+    with pytest.raises(ConfigError, match=r"drop_patches is 1, not in \[0, 1\)"):
+        VisionConfig(width=8, blocks=1, heads=4, drop_patches=1)
     with pytest.raises(ConfigError, match="image_size 100 is not a multiple of patch 14"):
         VisionConfig(width=8, blocks=1, heads=4, image_size=100)
     with pytest.raises(ConfigError, match="an ImageBind needs one of vision, text, audio, depth, thermal, imu"):

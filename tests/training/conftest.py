@@ -109,7 +109,7 @@ def trained_vae(icons_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
 
     out = tmp_path_factory.mktemp("vae-run")
     recipe = AutoencoderRecipe(
-        icons=str(icons_dir), channels=(16, 16, 16, 16), latent_channels=4, batch_size=4, steps=2
+        icons=str(icons_dir), channels=(16, 16, 16, 16), latent_channels=4, pool=32, batch_size=4, steps=2
     )
     return out, train(recipe, out)
 

@@ -1,14 +1,16 @@
 """The image autoencoder's objective and its run."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch.nn import functional as F
 
-from anygen.training import recipes
-from anygen.training.autoencoder import AutoencoderRecipe, _Objective, build, measure
+from anygen.training import autoencoder, recipes
+from anygen.training.autoencoder import AutoencoderRecipe, _Objective, build, measure, train
 from anygen.training.icons import IconSet
 from anygen.training.pictures import PictureSource
 
@@ -40,7 +42,8 @@ def test_a_run_writes_what_it_measured(trained_vae: tuple[Path, dict[str, float]
     assert abs(again["psnr"] - figures["psnr"]) < 0.01  # the weights are stored in half precision
     assert vae.config["scaling_factor"] == figures["scaling_factor"]
     rows = [json.loads(line) for line in (out / "vae.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [2, 2] and rows[0]["loss"] > 0 and rows[1]["final"]
+    assert rows[0]["pool"] == 32 and rows[1]["step"] == rows[2]["step"] == 2
+    assert rows[1]["loss"] > 0 and rows[1]["images"] == 8 and rows[1]["images_per_second"] > 0 and rows[2]["final"]
     assert (out / "vae.png").exists()
 
 
@@ -64,9 +67,33 @@ def test_a_recipe_reproduces_its_weights(
     recipe = tmp_path / "vae.yaml"
     recipe.write_text(
         f"kind: autoencoder\nout: {tmp_path}/again\nicons: {icons_dir}\nchannels: [16, 16, 16, 16]\n"
-        "latent_channels: 4\nbatch_size: 4\nsteps: 3\n"
+        "latent_channels: 4\npool: 32\nbatch_size: 4\nsteps: 3\n"
     )
     assert recipes.run(recipe, ["steps=2"]) == trained_vae[1]
     a, b = (load_file(next((out / "vae").glob("*.safetensors"))) for out in (trained_vae[0], tmp_path / "again"))
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
     assert "steps: 2" in (tmp_path / "again" / "vae.recipe.yaml").read_text()
+
+
+def test_a_frozen_encoder_keeps_the_latents(
+    icons_dir: Path, trained_vae: tuple[Path, dict[str, float]], tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file
+
+    before, figures = trained_vae
+    recipe = replace(TINY, icons=str(icons_dir), start=str(before / "vae"), freeze_encoder=True, pool=8)
+    again = train(replace(recipe, batch_size=4, steps=1, turned=1.0), tmp_path)
+    assert again["scaling_factor"] == figures["scaling_factor"]
+    a, b = (load_file(next((out / "vae").glob("*.safetensors"))) for out in (before, tmp_path))
+    frozen = {key for key in a if torch.equal(a[key], b[key])}
+    assert {key for key in a if key.startswith(("encoder.", "quant_conv."))} <= frozen
+    assert not torch.equal(a["decoder.conv_in.weight"], b["decoder.conv_in.weight"])
+
+
+def test_a_compiled_run_trains(icons_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    modes = []
+    monkeypatch.setattr(autoencoder, "measure", lambda *_: {"psnr": 0.0, "scaling_factor": 1.0})
+    monkeypatch.setattr(torch, "compile", lambda module, mode: modes.append(mode) or module)
+    recipe = replace(TINY, icons=str(icons_dir), pool=8, batch_size=4, steps=1, compile=True)
+    train(replace(recipe, compile_mode="reduce-overhead"), tmp_path)
+    assert modes == ["reduce-overhead"]

@@ -4,9 +4,10 @@ import random
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from anygen.training.captions import COLOURS, PLACES, Drawing
-from anygen.training.compose import BIG, NORMAL, SMALL, compose, make_backgrounds, placements
+from anygen.training.compose import BIG, NORMAL, SMALL, Panoramas, compose, make_backgrounds, placements
 from anygen.training.icons import IconSet
 from anygen.training.measures import border, count_things, foreground, place_of
 
@@ -102,3 +103,32 @@ def test_a_scene_is_a_view_of_its_panorama(icons: IconSet) -> None:
     again = make_backgrounds(drawings, scene, 32, random.Random(1), CPU)[1]
     other = make_backgrounds(drawings, scene, 32, random.Random(2), CPU)[1]
     assert torch.equal(city, again) and not torch.equal(city, other)
+
+
+def test_copies_lie_where_an_affine_grid_puts_them(icons: IconSet) -> None:
+    drawings = [Drawing(label="", count=3), Drawing(label="", place="at the top"), Drawing(label="", count=2)]
+    grounds = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    composed = compose(icons.pixels[[3, 4, 5]], drawings, grounds)
+    for row, drawing in enumerate(drawings):
+        rgba = icons.pixels[[3 + row]].float() / 255
+        rgba = torch.cat([rgba[:, :3] * rgba[:, 3:], rgba[:, 3:]], 1)
+        rgba = F.avg_pool2d(F.pad(rgba, (1, 0, 1, 0), mode="replicate"), 2, stride=1)
+        canvas = grounds[[row]]
+        for x, y, scale in placements(drawing):
+            theta = torch.tensor([[[1 / scale, 0, -2 * x / scale], [0, 1 / scale, -2 * y / scale]]])
+            placed = F.grid_sample(rgba, F.affine_grid(theta, [1, 4, 32, 32], align_corners=False), align_corners=False)
+            canvas = placed[:, :3] + (1 - placed[:, 3:]) * canvas
+        torch.testing.assert_close(composed[row], canvas[0], rtol=0, atol=2e-5)
+
+
+def test_composing_leaves_its_inputs_alone(icons: IconSet) -> None:
+    pixels, grounds = icons.pixels[:2].clone(), torch.full((2, 3, 32, 32), 0.5)
+    compose(pixels, [Drawing(label="", count=4), Drawing(label="")], grounds)
+    assert torch.equal(pixels, icons.pixels[:2]) and bool((grounds == 0.5).all())
+
+
+def test_stacked_panoramas_give_the_same_views(icons: IconSet) -> None:
+    drawings = [Drawing(label="", background=name) for name in ("night", "red", "forest", "night")]
+    stacked = Panoramas.stack(icons.panoramas, CPU)
+    one, same = (make_backgrounds(drawings, p, 32, random.Random(4), CPU) for p in (icons.panoramas, stacked))
+    assert torch.equal(one, same)

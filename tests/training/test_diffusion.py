@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,21 @@ from typing import Any
 import pytest
 import torch
 
-from anygen.generators.stable_diffusion import EMBEDS, StableDiffusionGenerator
-from anygen.training.diffusion import DiffusionRecipe, LatentPool, _Objective, build_scheduler, build_text, build_unet
+from anygen.errors import ConfigError
+from anygen.generators.stable_diffusion import EMBEDS, SamplingDefaults, StableDiffusionGenerator
+from anygen.training.captions import caption_corpus
+from anygen.training.diffusion import (
+    CaptionTokens,
+    DiffusionRecipe,
+    LatentPool,
+    _Objective,
+    build_parts,
+    build_scheduler,
+    build_text,
+    build_unet,
+    disturbed,
+    train,
+)
 from anygen.training.icons import IconSet
 from anygen.training.losses import snr_weights
 from anygen.training.pictures import PictureSource
@@ -111,3 +125,111 @@ def test_the_text_encoder_and_the_unet_both_learn(icons: IconSet) -> None:
     learns = {name for name, p in objective.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
     assert any(name.startswith("text.") and "token_embedding" in name for name in learns)
     assert any(name.startswith("unet.down_blocks.0.attentions") for name in learns)
+
+
+def test_captions_are_tokenised_as_one_by_one(icons: IconSet) -> None:
+    text = build_text(TINY, icons)
+    captions = [*caption_corpus(icons.concepts, seed=9, per_concept=3), "", "a red circle " * 20]
+    assert torch.equal(CaptionTokens(text)(captions), text.tokenize(captions))
+
+
+def test_a_pool_of_any_size_is_whole(icons: IconSet, vae: Any) -> None:
+    pool = LatentPool(replace(TINY, pool=515), PictureSource(icons, seed=4), vae, build_text(TINY, icons))
+    assert pool.latents.shape == (515, 4, 4, 4) and pool.tokens.shape == (515, 2, 24)
+
+
+def test_noise_on_the_condition_has_the_stated_size_and_is_half_shared() -> None:
+    torch.manual_seed(0)
+    embeds = torch.randn(4000, 3, 2) * torch.tensor([1.0, 5.0]) + 7
+    embeds[:, 0] = 3.0  # a position at which all captions agree
+    noise = disturbed(embeds, 0.6) - embeds
+    assert bool((noise[:, 0] == 0).all())
+    # A level uniform in [0, m] has the mean square m² / 3.
+    wanted = 0.6 / 3**0.5 * embeds[:, 1:].std(0)
+    torch.testing.assert_close(noise[:, 1:].std(0), wanted, rtol=0.06, atol=0)
+    one, other = noise[:, 1, 0], noise[:, 2, 0]
+    assert ((one * other).mean() / (one.std() * other.std())).item() == pytest.approx(0.5, abs=0.06)
+
+
+def test_noise_on_the_condition_is_only_in_the_objective_that_asks_for_it(icons: IconSet) -> None:
+    torch.manual_seed(0)
+    text, kept = build_text(TINY, icons), build_scheduler().alphas_cumprod
+    unet = build_unet(TINY, latent_channels=4, side=4)
+    tokens = text.tokenize(["a red circle", "two blue squares"])
+    arguments = torch.randn(2, 4, 4, 4), tokens, torch.randn(2, 4, 4, 4), torch.tensor([100, 900])
+    losses = [_Objective(unet, text.encoder, kept, 5.0, noise)(*arguments).item() for noise in (0.0, 0.0, 1.0, 1.0)]
+    assert losses[0] == losses[1] and len(set(losses)) == 3
+
+
+@pytest.fixture
+def onwards(
+    icons_dir: Path, trained_vae: tuple[Path, dict[str, float]], trained_generator: tuple[Path, dict[str, float]]
+) -> DiffusionRecipe:
+    """One step on from the trained generator; the sizes in the recipe are not its own."""
+    return DiffusionRecipe(
+        icons=str(icons_dir),
+        vae=str(trained_vae[0] / "vae"),
+        start=str(trained_generator[0] / "generator"),
+        pool=8,
+        batch_size=4,
+        steps=1,
+        learning_rate=0.3,  # of which the warm-up leaves 0.001
+        sampling=SamplingDefaults(steps=1),
+    )
+
+
+def weights(out: Path, part: str) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    files = sorted((out / "generator" / part).glob("*.safetensors"))
+    return {key: value for file in files for key, value in load_file(file).items()}
+
+
+def test_a_frozen_text_encoder_is_written_as_it_was_read(
+    onwards: DiffusionRecipe, trained_generator: tuple[Path, dict[str, float]], tmp_path: Path
+) -> None:
+    before = trained_generator[0]
+    train(replace(onwards, freeze_text=True, condition_noise=0.3), tmp_path)
+    text, same = (weights(out, "text_encoder") for out in (before, tmp_path))
+    assert text.keys() == same.keys() and all(torch.equal(text[key], same[key]) for key in text)
+    old, new = (weights(out, "unet") for out in (before, tmp_path))
+    moved = [key for key in old if not torch.equal(old[key], new[key])]
+    assert old.keys() == new.keys() and "conv_out.weight" in moved
+    one, other = (StableDiffusionGenerator.from_pretrained(out / "generator") for out in (before, tmp_path))
+    captions = ["a red circle, in the flat style", "two blue squares"]
+    assert torch.equal(one.encode_text(captions).tensors[EMBEDS], other.encode_text(captions).tensors[EMBEDS])
+
+
+def test_a_run_that_goes_on_trains_both_from_where_they_were(
+    onwards: DiffusionRecipe, trained_generator: tuple[Path, dict[str, float]], tmp_path: Path
+) -> None:
+    train(replace(onwards, decay=False), tmp_path)
+    for part in ("unet", "text_encoder"):
+        old, new = (weights(out, part) for out in (trained_generator[0], tmp_path))
+        steps = [
+            (new[key].float() - old[key].float()).abs().max().item() for key in old if old[key].is_floating_point()
+        ]
+        assert len(old) == len(new) and 0 < max(steps) < 0.01
+
+
+def test_the_start_s_latents_must_be_the_autoencoder_s(onwards: DiffusionRecipe, icons: IconSet) -> None:
+    from diffusers import AutoencoderKL
+
+    with pytest.raises(ConfigError, match="draws 4 latent channels, the autoencoder has 6"):
+        build_parts(onwards, icons, AutoencoderKL(latent_channels=6))
+
+
+def test_only_a_trained_text_encoder_can_be_frozen() -> None:
+    with pytest.raises(ConfigError, match="freeze_text needs a start"):
+        DiffusionRecipe(icons="", vae="", freeze_text=True)
+
+
+def test_checkpoints_do_not_disturb_the_run(onwards: DiffusionRecipe, tmp_path: Path) -> None:
+    for name, minutes in (("plain", None), ("kept", 0.0)):
+        train(replace(onwards, steps=2, checkpoint_minutes=minutes), tmp_path / name)
+    for part in ("unet", "text_encoder"):
+        plain, kept = (weights(tmp_path / name, part) for name in ("plain", "kept"))
+        assert all(torch.equal(plain[key], kept[key]) for key in plain)
+    rows = [json.loads(line) for line in (tmp_path / "kept" / "diffusion.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "checkpoint" in row] == [1, 2]
+    assert not (tmp_path / "kept" / "generator.partial").exists()

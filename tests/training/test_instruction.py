@@ -1,6 +1,6 @@
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import torch
@@ -16,9 +16,11 @@ from anygen.model import AnyGenModel
 from anygen.prompts import pad
 from anygen.training import alignment, instruction
 from anygen.training.assemble import assemble
+from anygen.training.captions import Drawing
 from anygen.training.icons import IconSet
+from anygen.training.magpie import self_answers
 from anygen.training.pictures import PictureSource
-from anygen.training.requests import Conversations
+from anygen.training.requests import Conversations, PoolPicture
 
 if TYPE_CHECKING:
     from anygen.llm import LLM
@@ -49,7 +51,15 @@ def parts(
 
 def recipe(parts: Parts, **changes: Any) -> instruction.InstructionRecipe:
     settings: dict[str, Any] = dict(
-        pool=8, projector_width=32, projector_layers=1, lora_rank=2, batch_size=4, steps=3, bf16=False
+        pool=8,
+        answers=4,
+        projector_width=32,
+        projector_layers=1,
+        lora_rank=2,
+        batch_size=4,
+        sorted_batches=2,
+        steps=3,
+        bf16=False,
     )
     return instruction.InstructionRecipe(**(parts | settings | changes))
 
@@ -113,10 +123,56 @@ def test_every_run_of_a_batch_has_its_caption(run: Path, parts: Parts, icons: Ic
     generator = StableDiffusionGenerator.from_pretrained(parts["generator"])
     pool = instruction.encode_pool(PictureSource(icons, seed=0), ImageBindEncoder.from_pretrained(parts["encoder"]), 8)
     examples = instruction.Examples(Conversations(icons.concepts, pool.shown, 0), model, 64)
-    batch = instruction.Collator(pool, generator, model)([examples[n] for n in range(64)])
+    batch = instruction.Collator(pool, generator)([examples[n] for n in range(64)])
     runs = len(model.signal_tokens.run_starts(batch["input_ids"], "image"))
     assert runs == len(batch["caption_ids"]) > 20
     assert int((batch["input_ids"] == -1).sum()) == 4 * len(batch["media"]["image"])
+
+
+class Numbered:
+    """Stands for `Examples`: number n has between 1 and 12 tokens, all of them n."""
+
+    def __len__(self) -> int:
+        return 48
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return {"ids": [number] * (number * 7 % 12 + 1)}
+
+
+@pytest.mark.parametrize("lanes", [0, 1, 2])
+def test_batches_hold_every_example_once_and_like_lengths_together(lanes: int) -> None:
+    def batches() -> instruction.Batches:
+        return instruction.Batches(cast(Any, Numbered()), cast(Any, list), size=4, chunk=3, lanes=lanes, seed=1)
+
+    made = [cast(Any, batches()[n]) for n in range(len(batches()))]  # as by workers that start anywhere
+    assert sorted(row["ids"][0] for batch in made for row in batch) == list(range(48))
+    one = batches()
+    assert [one[n] for n in range(len(one))] == made
+    waste = [max(len(row["ids"]) for row in batch) - min(len(row["ids"]) for row in batch) for batch in made]
+    assert max(waste) <= 6 and sum(waste) / len(waste) < 5  # unsorted, 11 is common
+
+
+def test_talk_before_a_request_is_the_llms_own(tiny_llm: "Callable[..., LLM]", icons: IconSet) -> None:
+    llm = tiny_llm(max_position_embeddings=2048)
+    questions = ["What is an apple?", "Hello", "Why is the sky blue?"]
+    texts = iter(["It is a fruit. It grows", "Hi! How are you?", "no end"])
+    made = {"count": 0}
+
+    def generate(input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
+        made["count"] += 1
+        answers = [llm.tokenizer(next(texts), add_special_tokens=False).input_ids for _ in input_ids]
+        return torch.cat([input_ids, pad(answers, llm.eos_ids[0])[0]], 1)
+
+    llm.base.generate = generate  # type: ignore[method-assign, assignment]
+    answers = self_answers(llm, questions, batch_size=2)
+    assert made["count"] == 2
+    assert answers == {"What is an apple?": "It is a fruit.", "Hello": "Hi! How are you?"}
+    for kind in ("media_after", "talk_after"):
+        supply = Conversations(
+            icons.concepts, [PoolPicture(0, 0, Drawing(label="dog", style="flat"))], 0, {kind: 1.0}, answers
+        )
+        told = [message.text for n in range(40) for message in supply[n].messages if message.role == "assistant"]
+        assert set(answers.values()) <= set(told)
 
 
 def test_the_metric_measures_what_cross_attention_sees(parts: Parts) -> None:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from anygen.training.loop import AveragedWeights, Progress, RunLog, bf16_on_gpu, save_grid
+from anygen.training.loop import Alarm, AveragedWeights, Pace, Progress, RunLog, bf16_on_gpu, compiled, save_grid
 
 
 def test_the_learning_rate_warms_up_and_falls_along_a_cosine() -> None:
@@ -20,6 +20,33 @@ def test_the_learning_rate_warms_up_and_falls_along_a_cosine() -> None:
     assert rates[250] == pytest.approx(2 * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi / 4))))
     assert rates[1000] == pytest.approx(0.02)
     assert max(rates) == rates[99] or max(rates) == rates[100]
+
+
+def test_without_decay_the_learning_rate_stays_at_its_peak() -> None:
+    rates = [Progress(1000, step=step).learning_rate(2.0, warmup=100, decay=False) for step in (0, 49, 99, 500, 1000)]
+    assert rates == pytest.approx([0.02, 1.0, 2.0, 2.0, 2.0])
+
+
+def test_the_pace_is_that_of_the_last_interval() -> None:
+    pace = Pace(since=time.monotonic() - 10)
+    assert pace.report(1000) == pytest.approx(100, rel=0.05)
+    pace.since -= 20
+    assert pace.report(1400) == pytest.approx(20, rel=0.05)
+
+
+def test_an_alarm_rings_once_an_interval_and_never_without_one() -> None:
+    alarm = Alarm(1.0, last=time.monotonic() - 61)
+    assert alarm.rings() and not alarm.rings()
+    assert Alarm(0.0).rings() and not Alarm(None, last=0.0).rings()
+
+
+def test_a_compiled_step_begins_where_cuda_graphs_may_reuse_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, told = nn.Linear(2, 1), []
+    assert compiled(module, None) is module
+    monkeypatch.setattr(torch, "compile", lambda module, mode: lambda x: told.append(mode) or module(x))
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: told.append("begin"))
+    step, x = compiled(module, "reduce-overhead"), torch.ones(3, 2)
+    assert torch.equal(step(x), module(x)) and told == ["begin", "reduce-overhead"]
 
 
 def test_a_run_ends_by_steps_or_by_the_clock() -> None:

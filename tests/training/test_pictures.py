@@ -10,7 +10,7 @@ import torch
 from anygen.errors import ConfigError
 from anygen.training.captions import COLOURS, PLACES, Drawing
 from anygen.training.icons import TRAINED_STYLES, IconSet
-from anygen.training.pictures import HELD_OUT_EVERY, PictureSource, is_held_out, load_icons
+from anygen.training.pictures import HELD_OUT_EVERY, PicturePool, PictureSource, is_held_out, load_icons, turned
 
 
 def drawn(icons: IconSet, *, held_out: bool, batches: int = 12) -> set[tuple[Drawing, int]]:
@@ -68,6 +68,61 @@ def test_a_seed_repeats_the_pictures(icons: IconSet) -> None:
     one, same, other = (next(PictureSource(icons, seed=seed).batches(8)) for seed in (5, 5, 6))
     assert torch.equal(one.pixels, same.pixels) and one.drawings == same.drawings
     assert one.icons != other.icons
+
+
+def test_the_key_decides_what_is_held_out() -> None:
+    for concept, drawing in (
+        (7, Drawing(label="", style="flat", count=3, background="forest")),
+        (1234, Drawing(label="", style="3D", size="big", background="white")),
+        (52, Drawing(label="", place="in the bottom right corner")),
+    ):
+        parts = (concept, drawing.style, drawing.count, drawing.size, drawing.place, drawing.background)
+        key = "|".join(str(part) for part in parts)
+        total = sum(position * ord(letter) for position, letter in enumerate(key, start=1))
+        assert is_held_out(drawing, concept) == (total % HELD_OUT_EVERY == 0)
+
+
+def test_a_number_of_pictures_is_the_start_of_the_endless_batches(icons: IconSet) -> None:
+    batches = list(PictureSource(icons, seed=5).pictures(40, most=16))
+    assert [len(batch.icons) for batch in batches] == [16, 16, 8]
+    for batch, endless in zip(batches[:2], PictureSource(icons, seed=5).batches(16), strict=False):
+        assert torch.equal(batch.pixels, endless.pixels) and batch.drawings == endless.drawings
+
+
+def test_a_pool_keeps_the_source_s_pictures(icons: IconSet) -> None:
+    pool, (batch,) = PicturePool(PictureSource(icons, seed=5), 20), PictureSource(icons, seed=5).pictures(20)
+    assert len(pool) == 20 and pool.icons == batch.icons and pool.drawings == batch.drawings
+    assert pool.pixels.dtype == torch.uint8 and pool.pixels.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(pool.pixels / 255, batch.pixels, rtol=0, atol=0.501 / 255)
+
+
+def test_a_pool_draws_its_own_pictures_at_random(icons: IconSet) -> None:
+    pool = PicturePool(PictureSource(icons, seed=5), 20)
+    torch.manual_seed(0)
+    drawn = pool.draw(200)
+    assert drawn.is_contiguous(memory_format=torch.channels_last)
+    own = pool.pixels.float() / 127.5 - 1
+    which = torch.cdist(drawn.flatten(1), own.flatten(1)).argmin(1)
+    assert torch.equal(drawn, own[which]) and which.bincount(minlength=20).min() > 0
+
+
+def test_turned_rows_are_the_other_symmetries_of_the_square() -> None:
+    pixels = torch.arange(2 * 3 * 4 * 4, dtype=torch.float32).view(2, 3, 4, 4)[:1].repeat(14, 1, 1, 1)
+    out = turned(pixels, 0.5)
+    assert torch.equal(out[:7], pixels[:7]) and out.is_contiguous(memory_format=torch.channels_last)
+    square = [tuple(row.flatten().tolist()) for row in out]
+    assert len(set(square)) == 8
+    for row in out[7:]:
+        back = [turn for k in range(4) for turn in (row.rot90(k, (1, 2)), row.flip(2).rot90(k, (1, 2)))]
+        assert any(torch.equal(turn, pixels[0]) for turn in back)
+
+
+@pytest.mark.parametrize(("share", "moved"), [(0.0, 0), (0.3, 3), (1.0, 10)])
+def test_that_share_of_a_batch_is_turned(share: float, moved: int) -> None:
+    torch.manual_seed(0)
+    pixels = torch.rand(10, 3, 8, 8)
+    same = (turned(pixels, share) == pixels).flatten(1).all(1)
+    assert same.tolist() == [True] * (10 - moved) + [False] * moved
 
 
 def test_a_recipe_refuses_another_icon_set(icons_dir: Path, icons: IconSet) -> None:
