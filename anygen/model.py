@@ -138,6 +138,26 @@ class AnyGenModel(nn.Module):
         if position_ids is None:
             position_ids = positions(attention_mask)
         hidden, _ = self.llm.hidden_states(embeds, attention_mask=attention_mask, position_ids=position_ids)
+        return self.losses(input_ids, hidden, labels, conditions)
+
+    def losses(
+        self,
+        input_ids: Tensor,
+        hidden: Tensor,
+        labels: Tensor | None = None,
+        conditions: Mapping[str, Mapping[str, Tensor]] | None = None,
+    ) -> AnyGenOutput:
+        """What `forward` makes of the decoder's states, for training loops that run the decoder themselves.
+
+        Args:
+            input_ids: long[B, T], for the places of the runs.
+            hidden: float[B, T, D], the final states.
+            labels: as for `forward`.
+            conditions: as for `forward`.
+
+        Raises:
+            ConfigError: the runs and the conditions do not match in number.
+        """
         output = AnyGenOutput(hidden_states=hidden)
         if labels is not None:
             output.lm_loss = output.loss = self.lm_loss(hidden, labels)

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, SequentialSampler
+from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from anygen.config import Config
@@ -24,6 +24,7 @@ from anygen.encoders.imagebind_inputs import normalised
 from anygen.errors import ConfigError
 from anygen.generators.stable_diffusion import EMBEDS, StableDiffusionGenerator
 from anygen.llm import LLM
+from anygen.losses import IGNORED
 from anygen.messages import MediaPart
 from anygen.model import AnyGenModel
 from anygen.model_config import (
@@ -35,12 +36,12 @@ from anygen.model_config import (
     SourceConfig,
     SourcedPartConfig,
 )
-from anygen.prompts import pad
 from anygen.signal_tokens import WORDS
 from anygen.training.contrastive import augment
-from anygen.training.loop import Progress, RunLog
+from anygen.training.loop import Pace, Progress, RunLog
 from anygen.training.losses import AlignmentConfig
 from anygen.training.magpie import self_answers
+from anygen.training.packing import PackedBatches, PackedDecoder, block_mask, rows_of, segments_of
 from anygen.training.pictures import PictureSource, load_icons
 from anygen.training.requests import Conversations, PoolPicture, self_prompts
 
@@ -80,9 +81,12 @@ class InstructionRecipe(Config):
     projector_layers: int = 2
     lora_rank: int = 8
     lora_alpha: int = 16
-    batch_size: int = 256
-    sorted_batches: int = 16
-    """Examples of so many batches are put in the order of their length, so that little is padding."""
+    rows: int = 48
+    """Rows of a batch; each holds several conversations."""
+    row_tokens: int = 320
+    """Tokens of a row; a multiple of 8 is fastest. Longer conversations are left out."""
+    chunk: int = 16
+    """Batches that are packed together."""
     steps: int = 5000
     minutes: float | None = None
     save_steps: int = 500
@@ -92,7 +96,7 @@ class InstructionRecipe(Config):
     lora_learning_rate: float = 5e-4
     alignment_weight: float = 3.0
     compile: bool = False
-    """Compiles each of the LLM's layers, which fuses the casts around the adapter; the first steps take minutes."""
+    """Compiles each of the LLM's layers and captures the decoder as a CUDA graph; the first step takes a minute."""
     bf16: bool = True
     """Mixed precision, with the LLM's weights in bfloat16. A CPU needs AMX for it to pay."""
     workers: int = 0
@@ -124,15 +128,12 @@ def encode_pool(source: PictureSource, encoder: ImageBindEncoder, count: int) ->
     return Picture(torch.cat(features), shown)
 
 
-class Examples(Dataset[dict[str, Any]]):
+class Examples:
     """Conversations as token ids; example `n` is the same whoever asks for it."""
 
-    def __init__(self, conversations: Conversations, model: AnyGenModel, length: int) -> None:
-        self.conversations, self.length = conversations, length
+    def __init__(self, conversations: Conversations, model: AnyGenModel) -> None:
+        self.conversations = conversations
         self.prompts, self.words = model.prompts, model.signal_tokens.id(WORDS)
-
-    def __len__(self) -> int:
-        return self.length
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         """`ids`, `labels`, `pictures` (pool rows, in reading order) and `captions` (of all runs)."""
@@ -155,62 +156,28 @@ class Examples(Dataset[dict[str, Any]]):
 
 
 class Collator:
-    """Pads a batch, fetches the features of its pictures and tokenises the captions of its runs."""
+    """Lays packed examples out in rows, fetches their pictures' features, tokenises the captions of their runs."""
 
-    def __init__(self, pool: Picture, generator: StableDiffusionGenerator) -> None:
-        self.features, self.text = pool.features, generator.text
+    def __init__(self, pool: Picture, generator: StableDiffusionGenerator, width: int) -> None:
+        self.features, self.text, self.width = pool.features, generator.text, width
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Examples -> the arguments of `AnyGenModel.forward`, with caption ids where it wants conditions."""
-        ids, mask = pad([row["ids"] for row in rows], 0, multiple=16)
-        labels, _ = pad([row["labels"] for row in rows], -100, multiple=16)
-        batch: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-        pictures = [part.media for row in rows for part in row["pictures"]]
+    def __call__(self, rows: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+        """Rows of examples -> `input_ids`, `labels`, `segments`, `position_ids`, features and caption ids."""
+        ids = [[example["ids"] for example in row] for row in rows]
+        segments, places = segments_of(ids, self.width)
+        labels = rows_of([[example["labels"] for example in row] for row in rows], self.width, IGNORED)
+        batch: dict[str, Any] = {
+            "input_ids": rows_of(ids, self.width, 0),
+            "labels": labels,
+            "segments": segments,
+            "position_ids": places,
+        }
+        pictures = [part.media for row in rows for example in row for part in example["pictures"]]
         if pictures:
             batch["media"] = {"image": self.features[pictures]}
-        captions = [caption for row in rows for caption in row["captions"]]
+        captions = [caption for row in rows for example in row for caption in example["captions"]]
         batch["caption_ids"] = self.text.tokenize(captions) if captions else None
         return batch
-
-
-class Batches(Dataset[dict[str, Any]]):
-    """Whole batches whose examples are of like length.
-
-    The examples of `chunk` batches are made together, sorted by length and cut; the chunk's batches then come in a
-    random order. A loader's workers take turns, so each reads its own lane of chunks and makes every example once.
-
-    Args:
-        examples: the supply.
-        collator: list of examples -> batch.
-        size: examples of a batch.
-        chunk: batches that are sorted together.
-        lanes: the loader's workers, at least 1; decides which example is in which batch.
-        seed: of the order.
-    """
-
-    def __init__(self, examples: Examples, collator: Collator, *, size: int, chunk: int, lanes: int, seed: int) -> None:
-        self.examples, self.collator, self.size, self.chunk = examples, collator, size, chunk
-        self.lanes, self.seed = max(1, lanes), seed
-        self._kept: tuple[int, list[list[dict[str, Any]]]] = (-1, [])
-
-    def __len__(self) -> int:
-        return len(self.examples) // self.size
-
-    def __getitem__(self, number: int) -> dict[str, Any]:
-        """Batch `number`, collated."""
-        turn, lane = divmod(number, self.lanes)
-        chunk, place = divmod(turn, self.chunk)
-        return self.collator(self._chunk(chunk * self.lanes + lane)[place])
-
-    def _chunk(self, number: int) -> list[list[dict[str, Any]]]:
-        if self._kept[0] != number:
-            count = self.size * self.chunk
-            examples = [self.examples[n] for n in range(number * count, (number + 1) * count)]
-            examples.sort(key=lambda example: len(example["ids"]))
-            batches = [examples[first : first + self.size] for first in range(0, count, self.size)]
-            random.Random(f"{self.seed}/{number}").shuffle(batches)
-            self._kept = number, batches
-        return self._kept[1]
 
 
 def _only(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -223,35 +190,39 @@ class InstructionTrainer(Trainer):
     def __init__(self, *args: Any, text_encoder: Any, recipe: InstructionRecipe, log: RunLog, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.text_encoder, self.recipe, self.log_file = text_encoder, recipe, log
+        graph = recipe.compile  # both pay off together
+        self.decoder = PackedDecoder(self.model.llm, bf16=recipe.bf16, compile=recipe.compile, graph=graph)  # type: ignore[union-attr]
+        self.pace = Pace()
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The model's own loss."""
-        caption_ids = inputs.pop("caption_ids", None)
-        if self.recipe.feature_noise and "media" in inputs:
-            seen = inputs["media"]["image"]
-            level = self.recipe.feature_noise * torch.rand(len(seen), 1, 1, device=seen.device)
-            size = seen.square().mean((1, 2), keepdim=True).sqrt()
-            inputs["media"] = {"image": seen + level * size * torch.randn_like(seen)}
-        if caption_ids is not None:
-            with torch.no_grad():
-                target = self.text_encoder(input_ids=caption_ids).last_hidden_state
-            inputs["conditions"] = {"image": {EMBEDS: target}}
-        output = model(**inputs)
+        """The model's own losses, over the states that the packed decoder makes."""
+        ids, media = inputs["input_ids"], inputs.get("media")
+        if media is not None and self.recipe.feature_noise:
+            media = {"image": noisy(media["image"], self.recipe.feature_noise)}
+        with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=self.recipe.bf16):
+            embeds, conditions = model.embed(ids, media), None
+            if inputs["caption_ids"] is not None:
+                with torch.no_grad():
+                    target = self.text_encoder(input_ids=inputs["caption_ids"]).last_hidden_state
+                conditions = {"image": {EMBEDS: target}}
+        hidden = self.decoder.run(embeds, block_mask(inputs["segments"]), inputs["position_ids"])
+        with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=self.recipe.bf16):
+            output = model.losses(ids, hidden, inputs["labels"], conditions)
         if self.state.global_step % 50 == 0:
             align = output.alignment_loss
             self.log_file.write(
                 step=self.state.global_step,
-                tokens=inputs["attention_mask"].numel(),
                 lm_loss=output.lm_loss.item(),
                 alignment_loss=None if align is None else align.item(),
+                tokens_per_second=self.pace.report(self.state.global_step * ids.numel()),
             )
         return (output.loss, output) if return_outputs else output.loss
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """The batches as they come: their examples are random already."""
-        return SequentialSampler(cast(Batches, self.train_dataset if train_dataset is None else train_dataset))
+        return SequentialSampler(cast(PackedBatches, self.train_dataset if train_dataset is None else train_dataset))
 
     def create_optimizer(self, model: Any = None) -> Any:
         """Two learning rates: the adapter's, and that of everything trained from scratch."""
@@ -291,6 +262,12 @@ class Watch(TrainerCallback):
             kwargs["model"].save_pretrained(self.directory, dtype=torch.bfloat16, parts=False)
         control.should_training_stop = control.should_training_stop or self.progress.done
         return control
+
+
+def noisy(features: Tensor, most: float) -> Tensor:
+    """float[M, T, C] with Gaussian noise; a picture's level is uniform in [0, most] of its features' own size."""
+    level = most * torch.rand(len(features), 1, 1, device=features.device)
+    return features + level * features.square().mean((1, 2), keepdim=True).sqrt() * torch.randn_like(features)
 
 
 def attention_metric(unet: Any, floor: float = 0.1) -> Tensor:
@@ -397,18 +374,16 @@ def train(recipe: InstructionRecipe, out: Path) -> dict[str, float]:
     questions = random.Random(recipe.seed).sample(self_prompts(), min(recipe.answers, len(self_prompts())))
     answers = self_answers(model.llm, questions)
     log.write(pictures=len(pool.shown), answers=len(answers))
-    if recipe.compile:  # after the answers: generation would compile its own variants
-        layers: Any = model.llm.base.get_decoder().layers
-        for layer in layers:
-            layer.compile(dynamic=True)
     for part, (trainable, total) in model.trainable_parameters().items():
         log.write(part=part, trainable=trainable, parameters=total)
     conversations = Conversations(icons.concepts, pool.shown, recipe.seed, recipe.mixture, answers)
-    batches = Batches(
-        Examples(conversations, model, recipe.steps * recipe.batch_size),
-        Collator(pool, generator),
-        size=recipe.batch_size,
-        chunk=recipe.sorted_batches,
+    batches = PackedBatches(
+        Examples(conversations, model),
+        Collator(pool, generator, recipe.row_tokens),
+        batches=recipe.steps,
+        rows=recipe.rows,
+        width=recipe.row_tokens,
+        chunk=recipe.chunk,
         lanes=recipe.workers,
         seed=recipe.seed,
     )
@@ -417,7 +392,6 @@ def train(recipe: InstructionRecipe, out: Path) -> dict[str, float]:
         output_dir=str(out / "checkpoints"),
         max_steps=recipe.steps,
         per_device_train_batch_size=1,  # of batches
-        bf16=recipe.bf16,
         use_cpu=device.type == "cpu",
         max_grad_norm=1.0,
         dataloader_num_workers=recipe.workers,
@@ -442,5 +416,5 @@ def train(recipe: InstructionRecipe, out: Path) -> dict[str, float]:
     trainer.train()
     model.save_pretrained(out / "model", dtype=torch.bfloat16, parts=False)
     steps = trainer.state.global_step
-    log.write(final=True, step=steps, examples=steps * recipe.batch_size)
+    log.write(final=True, step=steps, tokens=steps * recipe.rows * recipe.row_tokens)
     return {"steps": float(steps)}

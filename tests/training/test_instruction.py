@@ -1,6 +1,6 @@
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from anygen.training.assemble import assemble
 from anygen.training.captions import Drawing
 from anygen.training.icons import IconSet
 from anygen.training.magpie import self_answers
+from anygen.training.packing import PackedBatches, PackedDecoder, block_mask
 from anygen.training.pictures import PictureSource
 from anygen.training.requests import Conversations, PoolPicture
 
@@ -56,8 +57,9 @@ def recipe(parts: Parts, **changes: Any) -> instruction.InstructionRecipe:
         projector_width=32,
         projector_layers=1,
         lora_rank=2,
-        batch_size=4,
-        sorted_batches=2,
+        rows=2,
+        row_tokens=256,
+        chunk=2,
         steps=3,
         bf16=False,
     )
@@ -110,7 +112,7 @@ def test_plain_talk_teaches_the_route_alone(run: Path, parts: Parts, icons: Icon
     model = load(run, parts)
     encoder = ImageBindEncoder.from_pretrained(parts["encoder"])
     pool = instruction.encode_pool(PictureSource(icons, seed=0), encoder, 8)
-    examples = instruction.Examples(Conversations(icons.concepts, pool.shown, 0), model, 200)
+    examples = instruction.Examples(Conversations(icons.concepts, pool.shown, 0), model)
     plain = [examples[n] for n in range(200) if examples.conversations[n].words]
     assert plain
     for example in plain:
@@ -118,38 +120,47 @@ def test_plain_talk_teaches_the_route_alone(run: Path, parts: Parts, icons: Icon
         assert example["ids"][-1] == model.signal_tokens.words_id
 
 
-def test_every_run_of_a_batch_has_its_caption(run: Path, parts: Parts, icons: IconSet) -> None:
+def test_a_packed_batch_has_the_losses_of_its_conversations_read_one_by_one(
+    run: Path, parts: Parts, icons: IconSet
+) -> None:
     model = load(run, parts)
     generator = StableDiffusionGenerator.from_pretrained(parts["generator"])
     pool = instruction.encode_pool(PictureSource(icons, seed=0), ImageBindEncoder.from_pretrained(parts["encoder"]), 8)
-    examples = instruction.Examples(Conversations(icons.concepts, pool.shown, 0), model, 64)
-    batch = instruction.Collator(pool, generator)([examples[n] for n in range(64)])
+    examples = instruction.Examples(Conversations(icons.concepts, pool.shown, 0), model)
+    collator = instruction.Collator(pool, generator, 512)
+    batches = PackedBatches(examples, collator, batches=1, rows=3, width=512, chunk=1, lanes=1, seed=0)
+    rows = batches._chunk(0)
+    batch = batches[0]
     runs = len(model.signal_tokens.run_starts(batch["input_ids"], "image"))
-    assert runs == len(batch["caption_ids"]) > 20
+    assert runs == len(batch["caption_ids"]) > 3 and max(len(row) for row in rows) > 2
     assert int((batch["input_ids"] == -1).sum()) == 4 * len(batch["media"]["image"])
 
+    def losses(batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        ids, media = batch["input_ids"], batch.get("media")
+        decoder = PackedDecoder(model.llm, bf16=False, compile=False, graph=True)
+        hidden = decoder.run(model.embed(ids, media), block_mask(batch["segments"]), batch["position_ids"])
+        target = batch["caption_ids"]
+        if target is not None:
+            target = {"image": {EMBEDS: generator.text.encoder(input_ids=target).last_hidden_state}}
+        output = model.losses(ids, hidden, batch["labels"], target)
+        assert output.lm_loss is not None
+        return output.lm_loss, output.alignment_loss
 
-class Numbered:
-    """Stands for `Examples`: number n has between 1 and 12 tokens, all of them n."""
-
-    def __len__(self) -> int:
-        return 48
-
-    def __getitem__(self, number: int) -> dict[str, Any]:
-        return {"ids": [number] * (number * 7 % 12 + 1)}
-
-
-@pytest.mark.parametrize("lanes", [0, 1, 2])
-def test_batches_hold_every_example_once_and_like_lengths_together(lanes: int) -> None:
-    def batches() -> instruction.Batches:
-        return instruction.Batches(cast(Any, Numbered()), cast(Any, list), size=4, chunk=3, lanes=lanes, seed=1)
-
-    made = [cast(Any, batches()[n]) for n in range(len(batches()))]  # as by workers that start anywhere
-    assert sorted(row["ids"][0] for batch in made for row in batch) == list(range(48))
-    one = batches()
-    assert [one[n] for n in range(len(one))] == made
-    waste = [max(len(row["ids"]) for row in batch) - min(len(row["ids"]) for row in batch) for batch in made]
-    assert max(waste) <= 6 and sum(waste) / len(waste) < 5  # unsorted, 11 is common
+    with torch.no_grad():
+        packed, aligned = losses(batch)
+        apart = [(example, *losses(collator([[example]]))) for row in rows for example in row]
+        learned = [sum(label != -100 for label in example["labels"]) for example, _, _ in apart]
+        expected = sum(loss * n for (_, loss, _), n in zip(apart, learned, strict=True)) / sum(learned)
+        torch.testing.assert_close(packed, expected, atol=1e-5, rtol=1e-5)
+        drawn = [(loss, len(example["captions"])) for example, _, loss in apart if loss is not None]
+        assert aligned is not None
+        torch.testing.assert_close(
+            aligned, sum(loss * n for loss, n in drawn) / sum(n for _, n in drawn), atol=1e-5, rtol=1e-5
+        )
+        # and the plain pass of the model agrees with the packed decoder on one conversation
+        example = next(example for example, _, loss in apart if loss is not None and not example["pictures"])
+        plain = model(input_ids=torch.tensor([example["ids"]]), labels=torch.tensor([example["labels"]]))
+        torch.testing.assert_close(losses(collator([[example]]))[0], plain.lm_loss, atol=1e-5, rtol=1e-5)
 
 
 def test_talk_before_a_request_is_the_llms_own(tiny_llm: "Callable[..., LLM]", icons: IconSet) -> None:
