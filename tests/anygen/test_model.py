@@ -107,11 +107,11 @@ def test_the_loss_is_the_weighted_sum_of_its_parts(tiny_model: Make) -> None:
 def test_padding_on_either_side_changes_nothing(tiny_model: Make) -> None:
     model = tiny_model()
     inputs = batch(model)
-    lines = [
-        line[mask.bool()].tolist() for line, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
-    ]
-    labels = [[label for label in line if label != -100] for line in inputs["labels"].tolist()]
-    labels = [[-100] * (len(line) - len(kept)) + kept for line, kept in zip(lines, labels, strict=True)]
+    masks = inputs["attention_mask"].bool()
+    lines, labels = (
+        [line[mask].tolist() for line, mask in zip(inputs[name], masks, strict=True)]
+        for name in ("input_ids", "labels")
+    )
     ids, mask = pad(lines, 0, left=True)
     left = inputs | {"input_ids": ids, "attention_mask": mask, "labels": pad(labels, -100, left=True)[0]}
     torch.testing.assert_close(model(**left).loss, model(**inputs).loss)
