@@ -151,7 +151,7 @@ def _add_data(commands: Any) -> None:
     command = commands.add_parser("data", help="builds a dataset", description="Builds a dataset from its packages.")
     actions = command.add_subparsers(metavar="ACTION", required=True)
     build = _command(actions, "build", "builds a dataset from its packages", "anygen.cli_train:build_data")
-    build.add_argument("name", metavar="NAME", help="icons")
+    build.add_argument("name", metavar="NAME", help="icons, animations or sounds")
     build.add_argument("--out", metavar="DIR", required=True, help="where it goes")
 
 

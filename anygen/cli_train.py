@@ -5,9 +5,17 @@ import json
 import logging
 import sys
 from contextlib import redirect_stdout
+from importlib import import_module
 from pathlib import Path
 
 from anygen.errors import ConfigError
+
+DATASETS = {
+    "icons": ("anygen.training.icons", "npm"),
+    "animations": ("anygen.training.animations", "npm"),
+    "sounds": ("anygen.training.sounds", "sounds"),
+}
+"""Name of a dataset -> the module that builds it, and its packages' folder in the cache."""
 
 
 def train(options: argparse.Namespace) -> int:
@@ -50,14 +58,14 @@ def evaluate(options: argparse.Namespace) -> int:
 
 def build_data(options: argparse.Namespace) -> int:
     """Builds a dataset; packages are kept in the cache between builds."""
-    if options.name != "icons":
-        raise ConfigError(f"there is no dataset '{options.name}'; known: icons")
+    if options.name not in DATASETS:
+        raise ConfigError(f"there is no dataset '{options.name}'; known: {', '.join(DATASETS)}")
     from anygen.environment import home
-    from anygen.training.icons import build
 
+    module, cache = DATASETS[options.name]
     _log(logging.INFO)
     with redirect_stdout(sys.stderr):
-        checksum = build(Path(options.out), home() / "npm")
+        checksum = import_module(module).build(Path(options.out), home() / cache)
     print(f"{options.out}: checksum {checksum}")
     return 0
 

@@ -8,6 +8,8 @@ Shapes: F frames, H height, W width, C channels, N samples.
 import base64
 import io
 import tempfile
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from importlib.util import find_spec
@@ -18,7 +20,7 @@ import numpy as np
 import PIL.Image
 from numpy.typing import NDArray
 
-from anygen.errors import MediaError
+from anygen.errors import MediaError, MediaWarning
 from anygen.image import DECODING_ERRORS, to_rgb
 from anygen.media_base import Media, Metadata, optional_module, register_media, to_array
 from anygen.metadata import exif_of, pack
@@ -29,6 +31,9 @@ from anygen.sources import MediaLimits, sniff
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Video(Media):
     """A clip without sound.
+
+    What is read with a varying frame rate is brought to a constant one, its length kept: frames are repeated or left
+    out. A file that ends early gives the frames it holds, with a warning.
 
     >>> clip = Video(np.zeros((12, 32, 32, 3), np.uint8), fps=8)
     >>> clip
@@ -76,12 +81,17 @@ class Video(Media):
                 limits.check_pixels(stream.width, stream.height, name)
                 limits.check_length(seconds=seconds, frames=count, decoded_bytes=decoded, name=name)
                 frames: list[NDArray[np.uint8]] = []
-                for frame in container.decode(stream):
+                times: list[float] = []
+                decoding = container.decode(stream)
+                while (frame := _next_intact(decoding, frames, av.FFmpegError)) is not None:
                     frames.append(frame.to_ndarray(format="rgb24"))
+                    times.append(frame.time if frame.time is not None else len(times) / (fps or 25.0))
                     # A header may understate what follows.
                     limits.check_length(
                         seconds=0, frames=len(frames), decoded_bytes=len(frames) * frames[0].nbytes, name=name
                     )
+        except av.error.EOFError:
+            raise MediaError(f"{name} holds no frame, or is cut short before its first one") from None
         except av.FFmpegError as error:
             raise MediaError(
                 f"{name} is not a video that can be read ({error.strerror}): its content is {sniff(data)}; "
@@ -89,7 +99,16 @@ class Video(Media):
             ) from None
         if not frames:
             raise MediaError(f"{name} holds no frame")
-        return cls(np.stack(frames), fps or 25.0)
+        if len(frames) < count:
+            warnings.warn(
+                f"{name} is cut short: its header promises {count} frames, {len(frames)} could be read",
+                MediaWarning,
+                stacklevel=2,
+            )
+        rate = fps or 25.0
+        order = _evenly([*times, times[-1] + 1 / rate], rate)
+        limits.check_length(seconds=0, frames=len(order), decoded_bytes=len(order) * frames[0].nbytes, name=name)
+        return cls(np.stack([frames[index] for index in order]), rate)
 
     @classmethod
     def _decode_animation(cls, data: bytes, name: str, limits: MediaLimits) -> Self:
@@ -99,17 +118,25 @@ class Video(Media):
             limits.check_pixels(*opened.size, name)
             decoded = count * opened.width * opened.height * 3
             limits.check_length(seconds=0, frames=count, decoded_bytes=decoded, name=name)
-            frames, milliseconds = [], 0.0
+            frames, ends = [], [0.0]  # milliseconds
             for index in range(count):
                 opened.seek(index)
                 opened.load()
                 frames.append(np.asarray(to_rgb(opened)))
-                milliseconds += float(opened.info.get("duration", 0))
+                ends.append(ends[-1] + float(opened.info.get("duration", 0)))
         except MediaError:
             raise
         except (PIL.Image.DecompressionBombError, *DECODING_ERRORS) as error:
             raise MediaError(f"{name} is damaged or cut short ({error})") from None
-        return cls(np.stack(frames), 1000 * count / milliseconds if milliseconds else 10.0)
+        if not ends[-1]:
+            ends = [100.0 * index for index in range(count + 1)]
+        rate = 1000 * count / ends[-1]
+        if (spans := np.diff(ends)).max() > 1.5 * (shortest := spans[spans > 0].min()):
+            # Writers join frames that are alike: the shortest tells the pace.
+            rate = 1000 * round(ends[-1] / shortest) / ends[-1]
+        order = _evenly([end / 1000 for end in ends], rate)
+        limits.check_length(seconds=0, frames=len(order), decoded_bytes=len(order) * frames[0].nbytes, name=name)
+        return cls(np.stack([frames[index] for index in order]), rate)
 
     @classmethod
     def _convert(cls, value: object) -> Self:
@@ -128,7 +155,11 @@ class Video(Media):
             options["exif"] = exif_of(metadata)
         elif metadata:
             options["comment"] = pack(metadata)
-        pictures[0].save(path, format=suffix[1:].upper(), duration=round(1000 / self.fps), **options)
+        # Each end is rounded to what the format counts in, so that the whole keeps its length: 8 fps is 12.5 ticks.
+        tick = 10 if suffix == ".gif" else 1
+        ends = [tick * round(1000 * index / self.fps / tick) for index in range(len(pictures) + 1)]
+        lengths = [end - begin for begin, end in zip(ends[:-1], ends[1:], strict=True)]
+        pictures[0].save(path, format=suffix[1:].upper(), duration=lengths, **options)
 
     def _write_mp4(self, path: Path, metadata: Metadata) -> None:
         av = optional_module("av", "writing an MP4 file")
@@ -253,6 +284,29 @@ class Audio(Media):
 
     def __repr__(self) -> str:
         return f"Audio({self.seconds:.2f} s, {len(self.samples)} × {self.sampling_rate:,} Hz)"
+
+
+def _next_intact(decoding: Iterator[Any], before: list[Any], damage: type[Exception]) -> Any:
+    """The next frame; None at the end, or at damage that follows frames that could be read."""
+    try:
+        return next(decoding, None)
+    except damage:
+        if not before:
+            raise
+        return None
+
+
+def _evenly(times: list[float], rate: float) -> list[int]:
+    """Which frame is shown at each tick of a constant rate: times of F frames and of the end, in seconds -> indices.
+
+    Frames that come evenly already are kept as they are, each once.
+    """
+    count = len(times) - 1
+    ideal = times[0] + np.arange(count) / rate
+    if count < 2 or np.abs(np.array(times[:-1]) - ideal).max() < 0.75 / rate:
+        return list(range(count))
+    ticks = times[0] + (np.arange(max(1, round((times[-1] - times[0]) * rate))) + 0.5) / rate
+    return np.clip(np.searchsorted(times[:-1], ticks, side="right") - 1, 0, count - 1).tolist()
 
 
 def _frozen(array: NDArray[Any]) -> NDArray[Any]:

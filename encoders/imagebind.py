@@ -219,7 +219,7 @@ class ImageBindEncoder(Encoder):
         trunk = self.config.trunks[self.trunk]
         if isinstance(trunk, VisionConfig):
             if self.modality == "video":
-                return video_values(media, trunk.image_size, trunk.frames)
+                return video_values(media, trunk.image_size, trunk.frames, trunk.clip_seconds)
             return image_values([image.pil for image in media], trunk.image_size)
         if isinstance(trunk, TextConfig):
             if self.tokenizer is None:

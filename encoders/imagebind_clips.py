@@ -43,20 +43,21 @@ def sound_values(sounds: Sequence[Any], bins: int, steps: int) -> Tensor:
     return torch.stack([_sound(torch.tensor(sound.mono), sound.sampling_rate, bins, steps) for sound in sounds])
 
 
-def video_values(videos: Sequence[Any], size: int, frames: int) -> Tensor:
+def video_values(videos: Sequence[Any], size: int, frames: int, seconds: float = CLIP_SECONDS) -> Tensor:
     """Videos -> float[B, 15, 3, frames, size, size]: five clips, each cropped at both ends and in the middle.
 
     Args:
         videos: each with `.frames` uint8[F, H, W, 3] and `.fps`.
         size: height and width; the shorter side is resized to it (bilinear).
         frames: frames of a clip, from its first to its last.
+        seconds: length of a clip.
     """
-    return torch.stack([_video(torch.tensor(video.frames), video.fps, size, frames) for video in videos])
+    return torch.stack([_video(torch.tensor(video.frames), video.fps, size, frames, seconds) for video in videos])
 
 
-def clip_starts(seconds: float, clips: int) -> list[float]:
+def clip_starts(seconds: float, clips: int, length: float = CLIP_SECONDS) -> list[float]:
     """When each clip starts; all at 0 if the sample is no longer than one clip."""
-    last = max(seconds - CLIP_SECONDS, 0.0)
+    last = max(seconds - length, 0.0)
     return [last * clip / max(clips - 1, 1) for clip in range(clips)]
 
 
@@ -81,13 +82,14 @@ def resample(wave: Tensor, source: int, target: int) -> Tensor:
 
 
 def filter_banks(wave: Tensor, bins: int) -> Tensor:
-    """Logarithmic mel energies: float[N] at 16 kHz -> float[K, bins], K = 1 + (N - 400) // 160."""
-    windows = wave.unfold(0, _WINDOW, _HOP)  # [K, 400]
-    windows = windows - windows.mean(1, keepdim=True)
-    previous = torch.cat([windows[:, :1], windows[:, :-1]], dim=1)
-    windows = (windows - 0.97 * previous) * torch.hann_window(_WINDOW, periodic=False, dtype=wave.dtype)
-    power = torch.fft.rfft(windows, n=_PADDED).abs().square()[:, :-1]  # Kaldi leaves the Nyquist bin out
-    energies = power @ _mel_triangles(bins).to(wave.dtype).T
+    """Logarithmic mel energies: float[..., N] at 16 kHz -> float[..., K, bins], K = 1 + (N - 400) // 160."""
+    windows = wave.unfold(-1, _WINDOW, _HOP)  # [..., K, 400]
+    windows = windows - windows.mean(-1, keepdim=True)
+    previous = torch.cat([windows[..., :1], windows[..., :-1]], dim=-1)
+    hann = torch.hann_window(_WINDOW, periodic=False, dtype=wave.dtype, device=wave.device)
+    windows = (windows - 0.97 * previous) * hann
+    power = torch.fft.rfft(windows, n=_PADDED).abs().square()[..., :-1]  # Kaldi leaves the Nyquist bin out
+    energies = power @ _mel_triangles(bins).to(wave).T
     return energies.clamp(min=torch.finfo(torch.float32).eps).log()
 
 
@@ -112,11 +114,11 @@ def _sound(wave: Tensor, rate: int, bins: int, steps: int) -> Tensor:
     return (torch.stack(planes) - MEL_MEAN) / MEL_STD
 
 
-def _video(frames: Tensor, fps: float, size: int, count: int) -> Tensor:
+def _video(frames: Tensor, fps: float, size: int, count: int, seconds: float) -> Tensor:
     clips: list[Tensor] = []
-    for start in clip_starts(len(frames) / fps, VIDEO_CLIPS):
+    for start in clip_starts(len(frames) / fps, VIDEO_CLIPS, seconds):
         # a frame belongs to the clip that its time lies in; 1e-6 takes up rounding
-        last = min(math.ceil((start + CLIP_SECONDS) * fps - 1e-6), len(frames)) - 1
+        last = min(math.ceil((start + seconds) * fps - 1e-6), len(frames)) - 1
         first = min(math.ceil(start * fps - 1e-6), last)
         picked = frames[torch.linspace(first, last, count).long()]
         pixels = picked.permute(0, 3, 1, 2).float() / 255  # [F, 3, H, W]

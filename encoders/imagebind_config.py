@@ -39,6 +39,8 @@ class VisionConfig(TrunkConfig):
     patch: int = 14
     frames: int = 2
     """Frames of a clip, all spanned by each patch; a still image is taken as this many equal frames."""
+    clip_seconds: float = 2.0
+    """Length of each of the five clips that a video is read in."""
     drop_patches: float = 0.0
     """Share of each picture's patches that training leaves out, drawn at random (FLIP, arXiv:2212.00794)."""
 
@@ -146,10 +148,16 @@ class ImageBindConfig(Config):
         )
 
     @classmethod
-    def mini(cls, vocab_size: int) -> Self:
-        """Images of 128 pixels and short texts, some 8 million parameters."""
+    def mini(cls, vocab_size: int, *, audio: bool = False) -> Self:
+        """Images of 128 pixels, short clips and short texts, some 8 million parameters; 2 million more with sounds.
+
+        Its clips are of half a second, so that two frames of one show how something moves.
+        """
         return cls(
             out_dim=256,
-            vision=VisionConfig(width=256, blocks=6, heads=4, image_size=128, patch=8),
+            vision=VisionConfig(width=256, blocks=6, heads=4, image_size=128, patch=8, clip_seconds=0.5),
             text=TextConfig(width=192, blocks=4, heads=4, vocab_size=vocab_size, context_length=32),
+            audio=PlaneConfig(width=192, blocks=4, heads=4, height=128, plane_width=204, logit_scale=20)
+            if audio
+            else None,
         )

@@ -4,5 +4,9 @@ if __name__ != "anygen.generators":
     raise ImportError("import this folder as anygen.generators: one module, one name")
 
 COMPONENTS: dict[str, dict[str, str]] = {
-    "generator": {"stable_diffusion": "anygen.generators.stable_diffusion:StableDiffusionGenerator"},
+    "generator": {
+        "audioldm2": "anygen.generators.audioldm2:AudioLDM2Generator",
+        "stable_diffusion": "anygen.generators.stable_diffusion:StableDiffusionGenerator",
+        "zeroscope": "anygen.generators.zeroscope:ZeroscopeGenerator",
+    },
 }

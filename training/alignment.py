@@ -24,12 +24,13 @@ from anygen.messages import MediaPart
 from anygen.model import AnyGenModel, positions
 from anygen.model_config import PartConfig
 from anygen.prompts import pad
-from anygen.training.captions import Drawing
+from anygen.training.captions import Drawing, canonical, varied
 from anygen.training.icons import TRAINED_STYLES
 from anygen.training.instruction import attention_metric
 from anygen.training.loop import Progress, RunLog, bf16_on_gpu
 from anygen.training.pictures import load_icons
 from anygen.training.requests import Conversation, Conversations
+from anygen.training.wishes import ImageWishes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,13 +64,16 @@ class AlignmentRecipe(Config):
 def contexts(conversations: Conversations, count: int, seed: int) -> list[Conversation]:
     """Conversations of words that end with pictures: each concept in each style and in none, then random ones."""
     rng = random.Random(seed)
+    wishes = conversations.wishes["image"]
+    assert isinstance(wishes, ImageWishes)
     plain = [
-        Drawing(label=concept.label, style=style)
-        for concept in conversations.concepts
-        for style in (None, *TRAINED_STYLES)
+        Drawing(label=concept.label, style=style) for concept in wishes.concepts for style in (None, *TRAINED_STYLES)
     ]
     rng.shuffle(plain)
-    made = [conversations.ask_for(drawing, rng) for drawing in plain[:count]]
+    made = []
+    for drawing in plain[:count]:
+        words = canonical(drawing) if rng.random() < 0.5 else varied(drawing, rng)
+        made.append(conversations.ask_for("image", drawing, words, rng))
     while len(made) < count:
         made.append(conversations.free_request(rng))
     return made
@@ -192,7 +196,7 @@ def train(recipe: AlignmentRecipe, out: Path) -> dict[str, float]:
     model = AnyGenModel.from_pretrained(
         recipe.model, dtype=torch.bfloat16, device=device, encoders=False, resolve=lambda _: llm_directory
     )
-    items = contexts(Conversations(icons.concepts, [], recipe.seed), recipe.contexts, recipe.seed)
+    items = contexts(Conversations([ImageWishes(icons.concepts)], [], recipe.seed), recipe.contexts, recipe.seed)
     states, captions = read_states(model, items, recipe.read_batch)
     log.write(read=len(states), contexts=len(items))
     held_out = min(1024, len(states) // 8)

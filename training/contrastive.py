@@ -1,4 +1,4 @@
-"""Trains the image and text trunks of the embedded default's ImageBind into one space.
+"""Trains the trunks of the embedded default's ImageBind into one space: images and text, clips and sounds if wished.
 
 Source: ImageBind (arXiv:2305.05665): InfoNCE with the image as the hub. Every batch shows each of its concepts in two
 drawing styles, and all pictures and names of one concept are positives (UniCL, arXiv:2204.03610), so that a style never
@@ -8,6 +8,7 @@ seen is still named; whole captions are matched one to one, so that style, place
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,13 @@ from anygen.encoders.imagebind import ImageBindModel
 from anygen.encoders.imagebind_config import ImageBindConfig
 from anygen.encoders.imagebind_inputs import normalised, token_ids
 from anygen.training.captions import canonical, caption_corpus, said, varied, with_article
+from anygen.training.contrastive_pools import ClipMatches, Matched, SoundMatches, clip_corpus
 from anygen.training.icons import Concept, IconSet
 from anygen.training.loop import AveragedWeights, Progress, RunLog, bf16_on_gpu, start
 from anygen.training.losses import contrastive_loss
 from anygen.training.pictures import PictureSource, load_icons
+from anygen.training.sound_captions import caption_corpus as sound_corpus
+from anygen.training.sounds import load_sounds
 from anygen.training.tokenizer import train_tokenizer
 
 
@@ -40,6 +44,15 @@ class ContrastiveRecipe(Config):
     """Pictures composed of each icon."""
     concepts_per_batch: int = 512
     """Each is shown twice, where possible in two styles."""
+    clips: int = 0
+    """Clips in the pool; 0 leaves video out, which then is read as its trunk reads pictures."""
+    clips_per_batch: int = 256
+    sounds: str | None = None
+    """Directory of the built sound bank; None leaves audio out."""
+    sound_pool: int = 40_000
+    sounds_per_batch: int = 512
+    measured: int = 512
+    """Held-out clips, and sounds, that are named at the end."""
     steps: int = 6000
     minutes: float | None = None
     learning_rate: float = 1e-3
@@ -113,18 +126,22 @@ class ConceptBatches:
         return [concept.label, with_article(concept.label), others[0], others[-1]]
 
 
-def augment(pixels: Tensor) -> Tensor:
+def augment(pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Random colour, focus, slight turn and shift, and noise, each sample its own: float[B, 3, S, S] in [0, 1].
 
-    Nothing is mirrored: arrows, letters and "on the left" would change their meaning.
+    Nothing is mirrored: arrows, letters and "on the left" would change their meaning. Equal generators give equal
+    changes, as the frames of a clip want.
     """
     count, device = len(pixels), pixels.device
 
     def uniform(low: float, high: float) -> Tensor:
-        return torch.empty(count, 1, 1, 1, device=device).uniform_(low, high)
+        return torch.empty(count, 1, 1, 1, device=device).uniform_(low, high, generator=generator)
 
     def rarely(share: float) -> Tensor:
-        return torch.rand(count, 1, 1, 1, device=device) < share
+        return torch.rand(count, 1, 1, 1, device=device, generator=generator) < share
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, generator=generator)
 
     angle, scale = uniform(-0.35, 0.35).flatten(), uniform(0.75, 1.25)
     stretch = uniform(0.85, 1.18).flatten()
@@ -132,10 +149,10 @@ def augment(pixels: Tensor) -> Tensor:
     theta[:, 0, 0], theta[:, 1, 1] = angle.cos() * stretch, angle.cos() / stretch
     theta[:, 0, 1], theta[:, 1, 0] = -angle.sin() * stretch, angle.sin() / stretch
     theta[:, :, :2] /= scale.view(-1, 1, 1)
-    theta[:, :, 2] = torch.empty(count, 2, device=device).uniform_(-0.12, 0.12)
+    theta[:, :, 2] = torch.empty(count, 2, device=device).uniform_(-0.12, 0.12, generator=generator)
     grid = F.affine_grid(theta, list(pixels.shape), align_corners=False)
     # Another hand draws the same thing in other proportions: a smooth random warp.
-    warp = torch.randn(count, 2, 5, 5, device=device) * uniform(0, 0.06)
+    warp = normal(count, 2, 5, 5) * uniform(0, 0.06)
     warp = F.interpolate(warp, size=pixels.shape[-2:], mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
     moved = F.grid_sample(pixels, grid + warp, padding_mode="border", align_corners=False)
     pixels = torch.where(rarely(0.8), moved, pixels)
@@ -147,10 +164,10 @@ def augment(pixels: Tensor) -> Tensor:
     pixels = gray + (pixels - gray) * turn.cos() + cross * turn.sin()
     pixels = torch.where(rarely(0.1), gray.expand_as(pixels), pixels)
     # Another palette: each new channel a random mix of the old ones, each with its own contrast curve.
-    mix = torch.eye(3, device=device) + torch.randn(count, 3, 3, device=device) * uniform(0, 0.35)[:, 0]
+    mix = torch.eye(3, device=device) + normal(count, 3, 3) * uniform(0, 0.35)[:, 0]
     mix = mix / mix.sum(2, keepdim=True).clamp(min=0.3)  # white stays white
     mixed = torch.einsum("bij,bjhw->bihw", mix, pixels).clamp(1e-3, 1)
-    mixed = mixed ** torch.exp(torch.randn(count, 3, 1, 1, device=device) * 0.25)
+    mixed = mixed ** torch.exp(normal(count, 3, 1, 1) * 0.25)
     pixels = torch.where(rarely(0.4), mixed, pixels)
     pixels = torch.where(rarely(0.1), pixels.roll(1, 1), pixels)  # other colours altogether
     levels = uniform(3, 8).round()
@@ -161,25 +178,43 @@ def augment(pixels: Tensor) -> Tensor:
     pixels = (pixels - mean) * uniform(0.7, 1.3) + mean + uniform(-0.15, 0.15)
     soft = F.avg_pool2d(F.pad(pixels, (2, 2, 2, 2), mode="replicate"), 5, stride=1)
     pixels = torch.where(rarely(0.2), soft, pixels)
-    return (pixels + torch.randn_like(pixels) * uniform(0, 0.04)).clamp(0, 1)
+    return (pixels + normal(*pixels.shape) * uniform(0, 0.04)).clamp(0, 1)
 
 
 class _Objective(nn.Module):
-    """Both trunks and the three matches in one module."""
+    """The trunks and all their matches in one module."""
 
     def __init__(self, model: ImageBindModel, recipe: ContrastiveRecipe) -> None:
         super().__init__()
         self.model, self.recipe = model, recipe
 
-    def forward(self, pixels: Tensor, names: Tensor, captions: Tensor, concepts: Tensor) -> Tensor:
-        """Arguments as `ConceptBatches` yields them, the pixels augmented and normalised."""
+    def forward(
+        self,
+        pixels: Tensor,
+        names: Tensor,
+        captions: Tensor,
+        concepts: Tensor,
+        clips: Matched | None = None,
+        sounds: Matched | None = None,
+    ) -> Tensor:
+        """Arguments as the batches yield them, pixels augmented and normalised."""
         seen = self.model.embed("vision", pixels)
-        name, caption = self.model.embed("text", torch.cat([names, captions])).chunk(2)
-        scale = self.model.logit_scale("text")
-        loss = contrastive_loss(seen, name, scale, concepts)
-        loss = loss + self.recipe.caption_weight * contrastive_loss(seen, caption, scale)
+        loss = self._match("text", seen, Matched(pixels, names, captions, concepts))
         # Rows come in pairs of one concept: the first of each pair against the second.
-        return loss + self.recipe.style_weight * contrastive_loss(seen[0::2], seen[1::2], scale, concepts[0::2])
+        scale = self.model.logit_scale("text")
+        loss = loss + self.recipe.style_weight * contrastive_loss(seen[0::2], seen[1::2], scale, concepts[0::2])
+        if clips is not None:
+            loss = loss + self._match("text", self.model.embed("vision", clips.values), clips)
+        if sounds is not None:
+            loss = loss + self._match("audio", self.model.embed("audio", sounds.values), sounds)
+        return loss
+
+    def _match(self, scaled_by: str, made: Tensor, media: Matched) -> Tensor:
+        """Media with their names, all of one thing being positives, and one to one with their captions."""
+        name, caption = self.model.embed("text", torch.cat([media.names, media.captions])).chunk(2)
+        scale = self.model.logit_scale(scaled_by)
+        loss = contrastive_loss(made, name, scale, media.things)
+        return loss + self.recipe.caption_weight * contrastive_loss(made, caption, scale)
 
 
 def train(recipe: ContrastiveRecipe, out: Path) -> dict[str, float]:
@@ -188,13 +223,18 @@ def train(recipe: ContrastiveRecipe, out: Path) -> dict[str, float]:
     accelerator = start(recipe.seed)
     device, log = accelerator.device, RunLog(out, "contrastive")
     icons = load_icons(recipe.icons, recipe.checksum)
-    config = ImageBindConfig.mini(recipe.vocab_size)
+    bank = load_sounds(recipe.sounds, None) if recipe.sounds is not None else None
+    config = ImageBindConfig.mini(recipe.vocab_size, audio=bank is not None)
     assert config.text is not None and config.vision is not None
     context = config.text.context_length
     config = replace(
         config, vision=replace(config.vision, drop_path=recipe.drop_path, drop_patches=recipe.drop_patches)
     )
     corpus = caption_corpus(icons.concepts, recipe.seed)
+    if recipe.clips:
+        corpus += clip_corpus(icons.concepts, recipe.seed)
+    if bank is not None:
+        corpus += sound_corpus(bank, recipe.seed)
     tokenizer = train_tokenizer(corpus, vocab_size=recipe.vocab_size, context=context).backend_tokenizer
     model = ImageBindModel(config)
     log.write(parameters=sum(p.numel() for p in model.parameters()))
@@ -206,14 +246,19 @@ def train(recipe: ContrastiveRecipe, out: Path) -> dict[str, float]:
     objective, optimizer = accelerator.prepare(objective, optimizer)
     average = AveragedWeights(model, recipe.ema)
     step_fn: Any = torch.compile(objective) if recipe.compile else objective
+    words = partial(token_ids, tokenizer, context_length=context)
     batches = iter(ConceptBatches(recipe, PictureSource(icons, seed=recipe.seed, device=device), tokenizer, context))
+    clips = ClipMatches(icons, recipe.clips, words, seed=recipe.seed, device=device) if recipe.clips else None
+    sounds = SoundMatches(bank, recipe.sound_pool, words, seed=recipe.seed, device=device) if bank is not None else None
     progress = Progress(recipe.steps, recipe.minutes)
     while not progress.done:
         for group in optimizer.param_groups:
             group["lr"] = progress.learning_rate(recipe.learning_rate, warmup=300)
         pixels, names, captions, concepts = next(batches)
+        shown = clips.draw(recipe.clips_per_batch, augment) if clips is not None else None
+        heard = sounds.draw(recipe.sounds_per_batch) if sounds is not None else None
         with bf16_on_gpu(device):
-            loss = step_fn(normalised(augment(pixels)), names, captions, concepts)
+            loss = step_fn(normalised(augment(pixels)), names, captions, concepts, shown, heard)
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -229,6 +274,10 @@ def train(recipe: ContrastiveRecipe, out: Path) -> dict[str, float]:
         )
         for style in ("3D", "cartoon", "emojione")
     }
+    if clips is not None:
+        figures["naming_motions"] = clips.accuracy(trained, words, recipe.measured)
+    if sounds is not None:
+        figures["naming_sounds"] = sounds.accuracy(trained, words, recipe.measured)
     trained.to(torch.bfloat16).save_pretrained(out / "imagebind")
     tokenizer.save(str(out / "imagebind" / "tokenizer.json"))
     log.write(final=True, step=progress.step, **figures)

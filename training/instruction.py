@@ -8,8 +8,8 @@ Differs from NExT-GPT: alignment distances are taken as the generator's cross-at
 """
 
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +22,8 @@ from anygen.config import Config
 from anygen.encoders.imagebind import ImageBindEncoder
 from anygen.encoders.imagebind_inputs import normalised
 from anygen.errors import ConfigError
-from anygen.generators.stable_diffusion import EMBEDS, StableDiffusionGenerator
+from anygen.generators.base import Generator
+from anygen.generators.latent import EMBEDS, LatentDiffusionGenerator
 from anygen.llm import LLM
 from anygen.losses import IGNORED
 from anygen.messages import MediaPart
@@ -36,14 +37,21 @@ from anygen.model_config import (
     SourceConfig,
     SourcedPartConfig,
 )
+from anygen.registry import lookup
 from anygen.signal_tokens import WORDS
 from anygen.training.contrastive import augment
+from anygen.training.icons import IconSet
 from anygen.training.loop import Pace, Progress, RunLog
 from anygen.training.losses import AlignmentConfig
 from anygen.training.magpie import self_answers
 from anygen.training.packing import PackedBatches, PackedDecoder, block_mask, rows_of, segments_of
 from anygen.training.pictures import PictureSource, load_icons
-from anygen.training.requests import Conversations, PoolPicture, self_prompts
+from anygen.training.requests import Conversations, Seen, self_prompts
+from anygen.training.sounds import load_sounds
+from anygen.training.wishes import ClipWishes, ImageWishes, SoundWishes, Wishes
+
+GENERATORS = {"image": "stable_diffusion", "video": "zeroscope", "audio": "audioldm2"}
+"""Output modality -> the generator of anygen-mini, by its registered name."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,8 +62,10 @@ class InstructionRecipe(Config):
     """Directory of the built icon set."""
     encoder: str
     """Directory of the trained ImageBind."""
-    generator: str
-    """Directory of the trained image generator."""
+    generators: dict[str, str]
+    """Output modality -> directory of its trained generator."""
+    sounds: str | None = None
+    """Directory of the built sound bank; needed where sounds are made."""
     llm: str = "smollm2-135m-instruct"
     """A name that the hub resolves, or a directory."""
     start: str | None = None
@@ -75,8 +85,8 @@ class InstructionRecipe(Config):
     """Plain questions that the LLM answers once, for conversations that go on after its answer."""
     prompt_tokens: int = 4
     """N, LLM tokens made of one picture."""
-    signal_tokens: int = 4
-    """S, as NExT-GPT's for images."""
+    signal_tokens: dict[str, int] = field(default_factory=lambda: {"image": 4})
+    """Output modality -> S, 4 where none is given, as NExT-GPT's for images."""
     projector_width: int = 256
     projector_layers: int = 2
     lora_rank: int = 8
@@ -105,16 +115,16 @@ class InstructionRecipe(Config):
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
-    """The pool of encoded pictures."""
+class Pool:
+    """Encoded media of one modality."""
 
     features: Tensor
     """float[P, 1, C]."""
-    shown: list[PoolPicture]
+    shown: list[Seen]
 
 
 @torch.no_grad()
-def encode_pool(source: PictureSource, encoder: ImageBindEncoder, count: int) -> Picture:
+def encode_pictures(source: PictureSource, encoder: ImageBindEncoder, count: int) -> Pool:
     """Composes `count` pictures, half of them with the contrastive stage's augmentation, and encodes them."""
     features, shown = [], []
     size = min(256, count)
@@ -123,9 +133,8 @@ def encode_pool(source: PictureSource, encoder: ImageBindEncoder, count: int) ->
         batch = next(batches)
         pixels = augment(batch.pixels) if number % 2 else batch.pixels
         features.append(encoder(inputs=normalised(pixels)).values.float().cpu())
-        for icon, drawing in zip(batch.icons, batch.drawings, strict=True):
-            shown.append(PoolPicture(len(shown), int(source.icons.concept[icon]), drawing))
-    return Picture(torch.cat(features), shown)
+        shown += [Seen("image", len(shown) + row, drawing) for row, drawing in enumerate(batch.drawings)]
+    return Pool(torch.cat(features), shown)
 
 
 class Examples:
@@ -136,11 +145,11 @@ class Examples:
         self.prompts, self.words = model.prompts, model.signal_tokens.id(WORDS)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        """`ids`, `labels`, `pictures` (pool rows, in reading order) and `captions` (of all runs)."""
+        """`ids`, `labels`, `media` (parts with pool rows) and `captions` (parts with captions), in reading order."""
         conversation = self.conversations[number]
         # Runs of earlier answers stand in the input as well, and are aligned like the last one's.
         captions = [
-            part.media
+            part
             for message in conversation.messages
             if message.role == "assistant"
             for part in message.parts
@@ -150,34 +159,59 @@ class Examples:
             prompt = self.prompts.prompt(conversation.messages)
             # Only the route is learned: the words that follow are the untouched LLM's own.
             ids, labels = [*prompt.ids, self.words], [-100] * len(prompt.ids) + [self.words]
-            return {"ids": ids, "labels": labels, "pictures": prompt.media, "captions": captions}
+            return {"ids": ids, "labels": labels, "media": prompt.media, "captions": captions}
         example = self.prompts.example(conversation.messages)
-        return {"ids": example.ids, "labels": example.labels, "pictures": example.media, "captions": captions}
+        return {"ids": example.ids, "labels": example.labels, "media": example.media, "captions": captions}
 
 
 class Collator:
-    """Lays packed examples out in rows, fetches their pictures' features, tokenises the captions of their runs."""
+    """Lays packed examples out in rows, fetches their media's features, tokenises the captions of their runs.
 
-    def __init__(self, pool: Picture, generator: StableDiffusionGenerator, width: int) -> None:
-        self.features, self.text, self.width = pool.features, generator.text, width
+    Args:
+        features: input modality -> float[P, 1, C], its pool.
+        generators: output modality -> generator, with its text encoder.
+        width: W, tokens of a row.
+    """
+
+    def __init__(self, features: Mapping[str, Tensor], generators: Mapping[str, Generator], width: int) -> None:
+        self.features, self.generators, self.width = features, generators, width
 
     def __call__(self, rows: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
-        """Rows of examples -> `input_ids`, `labels`, `segments`, `position_ids`, features and caption ids."""
+        """Rows of examples -> `input_ids`, `labels`, `segments`, `position_ids`; `media` and `captions` by modality."""
         ids = [[example["ids"] for example in row] for row in rows]
         segments, places = segments_of(ids, self.width)
         labels = rows_of([[example["labels"] for example in row] for row in rows], self.width, IGNORED)
-        batch: dict[str, Any] = {
+        media: dict[str, list[int]] = {}
+        captions: dict[str, list[str]] = {}
+        for example in (example for row in rows for example in row):
+            for part in example["media"]:
+                media.setdefault(part.modality, []).append(part.media)
+            for part in example["captions"]:
+                captions.setdefault(part.modality, []).append(part.media)
+        return {
             "input_ids": rows_of(ids, self.width, 0),
             "labels": labels,
             "segments": segments,
             "position_ids": places,
+            "media": {modality: self.features[modality][numbers] for modality, numbers in media.items()},
+            "captions": {name: caption_tokens(self.generators[name], texts) for name, texts in captions.items()},
         }
-        pictures = [part.media for row in rows for example in row for part in example["pictures"]]
-        if pictures:
-            batch["media"] = {"image": self.features[pictures]}
-        captions = [caption for row in rows for example in row for caption in example["captions"]]
-        batch["caption_ids"] = self.text.tokenize(captions) if captions else None
-        return batch
+
+
+def caption_tokens(generator: Any, captions: Sequence[str]) -> dict[str, Tensor]:
+    """B captions -> the token ids that the generator's text encoder reads, by name, on the CPU."""
+    tokens = generator.text.tokenize(captions)
+    return {"ids": tokens} if isinstance(tokens, Tensor) else {"ids": tokens.ids, "mask": tokens.mask}
+
+
+@torch.no_grad()
+def caption_targets(generator: Any, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the text encoder makes of `caption_tokens`: the tensors of the generator's condition."""
+    if isinstance(generator, LatentDiffusionGenerator):
+        return {EMBEDS: generator.text.encoder(input_ids=tokens["ids"]).last_hidden_state}
+    from anygen.generators.audioldm2 import SoundTokens
+
+    return generator.text(SoundTokens(tokens["ids"], tokens["mask"]))
 
 
 def _only(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -187,9 +221,16 @@ def _only(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 class InstructionTrainer(Trainer):
     """`transformers.Trainer`, with the generator's text encoder giving each batch its alignment targets."""
 
-    def __init__(self, *args: Any, text_encoder: Any, recipe: InstructionRecipe, log: RunLog, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        generators: Mapping[str, Generator],
+        recipe: InstructionRecipe,
+        log: RunLog,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.text_encoder, self.recipe, self.log_file = text_encoder, recipe, log
+        self.generators, self.recipe, self.log_file = generators, recipe, log
         graph = recipe.compile  # both pay off together
         self.decoder = PackedDecoder(self.model.llm, bf16=recipe.bf16, compile=recipe.compile, graph=graph)  # type: ignore[union-attr]
         self.pace = Pace()
@@ -198,15 +239,13 @@ class InstructionTrainer(Trainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The model's own losses, over the states that the packed decoder makes."""
-        ids, media = inputs["input_ids"], inputs.get("media")
-        if media is not None and self.recipe.feature_noise:
-            media = {"image": noisy(media["image"], self.recipe.feature_noise)}
+        ids = inputs["input_ids"]
         with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=self.recipe.bf16):
-            embeds, conditions = model.embed(ids, media), None
-            if inputs["caption_ids"] is not None:
-                with torch.no_grad():
-                    target = self.text_encoder(input_ids=inputs["caption_ids"]).last_hidden_state
-                conditions = {"image": {EMBEDS: target}}
+            media = {name: noisy(seen, self.recipe.feature_noise) for name, seen in inputs["media"].items()}
+            embeds = model.embed(ids, media)
+            conditions = {
+                name: caption_targets(self.generators[name], tokens) for name, tokens in inputs["captions"].items()
+            }
         hidden = self.decoder.run(embeds, block_mask(inputs["segments"]), inputs["position_ids"])
         with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=self.recipe.bf16):
             output = model.losses(ids, hidden, inputs["labels"], conditions)
@@ -288,43 +327,39 @@ def attention_metric(unet: Any, floor: float = 0.1) -> Tensor:
     return vectors * values.clamp(min=0).sqrt()
 
 
-def build(recipe: InstructionRecipe, llm: LLM, generator: StableDiffusionGenerator, feature_dim: int) -> AnyGenModel:
+def build(recipe: InstructionRecipe, llm: LLM, generators: Mapping[str, Generator], feature_dim: int) -> AnyGenModel:
     """The model with fresh projectors, signal rows and adapter; its parts are named as anygen-mini ships them."""
     from peft import LoraConfig
 
-    spec = {name: tuple(shape) for name, shape in generator.condition_spec.shapes.items()}
-    width = recipe.projector_width
+    inputs = {
+        "image": InputConfig(
+            encoder=SourcedPartConfig(
+                name="imagebind",
+                source=SourceConfig(path="encoders/imagebind"),
+                options={"modality": "image"},
+            ),
+            feature_dim=feature_dim,
+            slots=recipe.prompt_tokens,
+            projector=PartConfig(name="mlp", options={"tokens": recipe.prompt_tokens}),
+        )
+    }
+    width, layers = recipe.projector_width, recipe.projector_layers
+    options = {"width": width, "encoder_layers": layers, "decoder_layers": layers, "heads": 4, "ffn": 4 * width}
+    outputs = {
+        modality: OutputConfig(
+            signal_tokens=recipe.signal_tokens.get(modality, 4),
+            condition={name: tuple(shape) for name, shape in generator.condition_spec.shapes.items()},
+            generator=SourcedPartConfig(name=GENERATORS[modality], source=SourceConfig(path=f"generators/{modality}")),
+            projector=PartConfig(name="text_fc", options=options),
+        )
+        for modality, generator in generators.items()
+    }
     config = AnyGenConfig(
         name="anygen-mini",
         llm=SourceConfig(repo="smollm2-135m-instruct"),
         modalities={
-            "image": ModalityConfig(
-                input=InputConfig(
-                    encoder=SourcedPartConfig(
-                        name="imagebind",
-                        source=SourceConfig(path="encoders/imagebind"),
-                        options={"modality": "image"},
-                    ),
-                    feature_dim=feature_dim,
-                    slots=recipe.prompt_tokens,
-                    projector=PartConfig(name="mlp", options={"tokens": recipe.prompt_tokens}),
-                ),
-                output=OutputConfig(
-                    signal_tokens=recipe.signal_tokens,
-                    condition=spec,
-                    generator=SourcedPartConfig(name="stable_diffusion", source=SourceConfig(path="generators/image")),
-                    projector=PartConfig(
-                        name="text_fc",
-                        options={
-                            "width": width,
-                            "encoder_layers": recipe.projector_layers,
-                            "decoder_layers": recipe.projector_layers,
-                            "heads": 4,
-                            "ffn": 4 * width,
-                        },
-                    ),
-                ),
-            )
+            modality: ModalityConfig(input=inputs.get(modality), output=outputs.get(modality))
+            for modality in dict.fromkeys([*inputs, *outputs])
         },
     )
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -346,6 +381,36 @@ def freeze_others(model: AnyGenModel, trains: Sequence[str]) -> None:
             part.requires_grad_(False)
 
 
+def load_generators(directories: Mapping[str, str], device: torch.device) -> dict[str, Generator]:
+    """Output modality -> generator, all of it frozen.
+
+    Raises:
+        ConfigError: a modality that anygen-mini does not make; lists those that it does.
+    """
+    if unknown := sorted(set(directories) - set(GENERATORS)):
+        raise ConfigError(f"anygen-mini does not make {', '.join(unknown)}; it makes {', '.join(GENERATORS)}")
+    return {
+        modality: lookup("generator", GENERATORS[modality]).from_pretrained(directory, device=device)
+        for modality, directory in directories.items()
+    }
+
+
+def wishes_of(recipe: InstructionRecipe, icons: IconSet) -> list[Wishes]:
+    """What can be asked for, one for each output modality.
+
+    Raises:
+        ConfigError: sounds are made, but the recipe names no sound bank.
+    """
+    if "audio" in recipe.generators and recipe.sounds is None:
+        raise ConfigError("the recipe makes audio, so it must name the sound bank: sounds: data/sounds")
+    made: dict[str, Callable[[], Wishes]] = {
+        "image": lambda: ImageWishes(icons.concepts),
+        "video": lambda: ClipWishes(icons.concepts),
+        "audio": lambda: SoundWishes(load_sounds(str(recipe.sounds), None), icons.concepts),
+    }
+    return [made[modality]() for modality in recipe.generators]
+
+
 def train(recipe: InstructionRecipe, out: Path) -> dict[str, float]:
     """Runs the recipe and writes `out/model`: configuration, projectors, signal rows and adapter in bf16."""
     from anygen import hub
@@ -356,9 +421,10 @@ def train(recipe: InstructionRecipe, out: Path) -> dict[str, float]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     log = RunLog(out, "instruction")
     icons = load_icons(recipe.icons, recipe.checksum)
-    generator = StableDiffusionGenerator.from_pretrained(recipe.generator, device=device)
+    generators = load_generators(recipe.generators, device)
     encoder = ImageBindEncoder.from_pretrained(recipe.encoder, modality="image").float().to(device)
-    pool = encode_pool(PictureSource(icons, seed=recipe.seed + 3, device=device), encoder, recipe.pool)
+    pool = encode_pictures(PictureSource(icons, seed=recipe.seed + 3, device=device), encoder, recipe.pool)
+    wishes = wishes_of(recipe, icons)
     dtype, llm_directory = torch.bfloat16 if recipe.bf16 else torch.float32, hub.resolve(recipe.llm)
     if recipe.start is not None:
         model = AnyGenModel.from_pretrained(
@@ -366,20 +432,22 @@ def train(recipe: InstructionRecipe, out: Path) -> dict[str, float]:
         )
     else:
         llm = LLM.from_pretrained(llm_directory, dtype=dtype, device=device)
-        model = build(recipe, llm, generator, encoder.feature_dim).to(device)
+        model = build(recipe, llm, generators, encoder.feature_dim).to(device)
     model.alignment = AlignmentConfig(mse=1.0)
     model.alignment_weight = recipe.alignment_weight
-    model.set_metric("image", {EMBEDS: attention_metric(generator.unet)})
+    for modality, generator in generators.items():
+        if isinstance(generator, LatentDiffusionGenerator):
+            model.set_metric(modality, {EMBEDS: attention_metric(generator.unet)})
     freeze_others(model, recipe.trains)
     questions = random.Random(recipe.seed).sample(self_prompts(), min(recipe.answers, len(self_prompts())))
     answers = self_answers(model.llm, questions)
     log.write(pictures=len(pool.shown), answers=len(answers))
     for part, (trainable, total) in model.trainable_parameters().items():
         log.write(part=part, trainable=trainable, parameters=total)
-    conversations = Conversations(icons.concepts, pool.shown, recipe.seed, recipe.mixture, answers)
+    conversations = Conversations(wishes, pool.shown, recipe.seed, recipe.mixture, answers)
     batches = PackedBatches(
         Examples(conversations, model),
-        Collator(pool, generator, recipe.row_tokens),
+        Collator({"image": pool.features}, generators, recipe.row_tokens),
         batches=recipe.steps,
         rows=recipe.rows,
         width=recipe.row_tokens,
@@ -387,7 +455,6 @@ def train(recipe: InstructionRecipe, out: Path) -> dict[str, float]:
         lanes=recipe.workers,
         seed=recipe.seed,
     )
-    text_encoder = generator.text.encoder.requires_grad_(False)
     arguments = TrainingArguments(
         output_dir=str(out / "checkpoints"),
         max_steps=recipe.steps,
@@ -409,7 +476,7 @@ def train(recipe: InstructionRecipe, out: Path) -> dict[str, float]:
         train_dataset=batches,
         data_collator=_only,
         callbacks=[Watch(recipe, out / "model")],
-        text_encoder=text_encoder,
+        generators=generators,
         recipe=recipe,
         log=log,
     )

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from anygen.training.captions import BACKGROUNDS, COLOURS, PLACES, Drawing, plural
 from anygen.training.compose import compose
 from anygen.training.icons import STYLES, Concept, IconSet
+from anygen.training.motion import MOTIONS
 
 GRID = 32
 """Pictures are compared averaged to this side."""
@@ -102,6 +103,7 @@ class Names:
     def __init__(self, concepts: Sequence[Concept]) -> None:
         layout = [*BACKGROUNDS, *PLACES]
         layout += [form for style in STYLES for form in (f"in the {style.word} style", f"in {style.word} style")]
+        layout += [words for motion, others in MOTIONS.items() for words in (motion, *others)]
         self._names: dict[tuple[str, ...], set[int]] = {_words(phrase): set() for phrase in layout}
         for number, concept in enumerate(concepts):
             for name in (concept.label, *concept.aliases):

@@ -24,6 +24,10 @@ KINDS: dict[str, tuple[str, str]] = {
     "contrastive": ("anygen.training.contrastive", "ContrastiveRecipe"),
     "alignment": ("anygen.training.alignment", "AlignmentRecipe"),
     "instruction": ("anygen.training.instruction", "InstructionRecipe"),
+    "sound_autoencoder": ("anygen.training.sound_autoencoder", "SoundAutoencoderRecipe"),
+    "sound_diffusion": ("anygen.training.sound_diffusion", "SoundDiffusionRecipe"),
+    "video_diffusion": ("anygen.training.video_diffusion", "VideoDiffusionRecipe"),
+    "vocoder": ("anygen.training.vocoder", "VocoderRecipe"),
 }
 """Kind -> module with a function `train(recipe, out)`, and the recipe's class."""
 

@@ -376,7 +376,7 @@ def test_eval_without_data_says_how_to_make_them(run: Run) -> None:
 
 def test_data_build_makes_what_it_is_asked_for(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code, _, error = run("data", "build", "cats", "--out", "x", model=False)
-    assert (code, error) == (2, "anygen: there is no dataset 'cats'; known: icons\n")
+    assert (code, error) == (2, "anygen: there is no dataset 'cats'; known: icons, animations, sounds\n")
     monkeypatch.setenv("ANYGEN_HOME", str(tmp_path / "home"))
     given: list[Path] = []
     monkeypatch.setattr("anygen.training.icons.build", lambda *paths: given.extend(paths) or "abc123")

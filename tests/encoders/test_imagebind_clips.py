@@ -91,6 +91,7 @@ def test_clips_are_spread_from_start_to_end() -> None:
     assert clip_starts(10.0, 3) == [0.0, 4.0, 8.0]
     assert clip_starts(1.5, 3) == [0.0, 0.0, 0.0]
     assert clip_starts(10.0, 1) == [0.0]
+    assert clip_starts(2.0, 4, length=0.5) == [0.0, 0.5, 1.0, 1.5]
 
 
 def test_a_sound_is_read_at_its_start_middle_and_end() -> None:

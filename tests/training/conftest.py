@@ -10,6 +10,7 @@ import pytest
 
 if TYPE_CHECKING:
     from anygen.training.icons import IconSet
+    from anygen.training.sounds import SoundBank
 
 SHAPES = {
     "red circle": (("ball",), (220, 30, 30)),
@@ -137,3 +138,59 @@ def trained_generator(
         sampling=SamplingDefaults(steps=2, guidance_scale=2.0),
     )
     return out, train(recipe, out)
+
+
+def write_sounds(directory: Path) -> Path:
+    """The files of `sounds.build`: four instruments of sines, three drums and two effects of noise."""
+    from anygen.training.sound_packages import RATE
+    from anygen.training.sounds import Effect, Instrument, Percussion, StemWriter
+
+    writer, rng = StemWriter(), np.random.default_rng(0)
+
+    def add(sound: np.ndarray) -> int:
+        number = writer.add(sound.astype(np.float32))
+        assert number is not None
+        return number
+
+    def tone(key: int, overtone: float) -> int:
+        phase = 2 * np.pi * 440 * 2 ** ((key - 69) / 12) * np.arange(RATE) / RATE
+        return add(np.sin(phase) + overtone * np.sin(3 * phase))
+
+    def burst(seconds: float, fall: float) -> int:
+        time = np.arange(round(seconds * RATE)) / RATE
+        return add(rng.normal(0, 0.2, len(time)) * np.exp(-fall * time))
+
+    roots = (63, 69, 75)
+    instruments = [
+        Instrument(
+            name=name, family=family, chords=chords, roots=roots, stems=tuple(tone(root, overtone) for root in roots)
+        )
+        for name, family, chords, overtone in (
+            ("flute", "flute", False, 0.0),
+            ("organ", "organ", True, 0.5),
+            ("tuba", "brass", False, 0.7),  # these two have phrases that are held out
+            ("violin", "strings", False, 0.3),
+        )
+    ]
+    drums = {"bass drum": 30.0, "snare drum": 20.0, "hi-hat": 60.0}
+    percussion = [Percussion(name=name, stems=(burst(0.3, fall),)) for name, fall in drums.items()]
+    effects = [
+        Effect(label="a dog barking", aliases=("a dog", "a bark"), group="animals", repeat=0.5, stems=(burst(0.4, 9),)),
+        Effect(label="rain falling", aliases=("rain",), group="weather", background=True, stems=(burst(3.0, 0),)),
+    ]
+    writer.write(directory, instruments, percussion, effects)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def sound_bank_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small sound bank's files."""
+    return write_sounds(tmp_path_factory.mktemp("sounds"))
+
+
+@pytest.fixture(scope="session")
+def bank(sound_bank_dir: Path) -> "SoundBank":
+    """That sound bank in memory."""
+    from anygen.training.sounds import SoundBank
+
+    return SoundBank.load(sound_bank_dir)

@@ -1,17 +1,25 @@
 """Batches, augmentation and run of the encoder's contrastive training."""
 
 import json
+from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from anygen.encoders.imagebind import ImageBindEncoder
-from anygen.media import Image
+from anygen.encoders.imagebind_clips import sound_values
+from anygen.encoders.imagebind_inputs import token_ids
+from anygen.media import Audio, Image, Video
 from anygen.training.contrastive import ConceptBatches, ContrastiveRecipe, augment, train
+from anygen.training.contrastive_pools import PLANE, ClipMatches, SoundMatches, spectrogram
 from anygen.training.icons import IconSet
 from anygen.training.pictures import PictureSource
+from anygen.training.sound_mixing import SoundSource
+from anygen.training.sounds import SoundBank
 from anygen.training.tokenizer import train_tokenizer
 
 CONTEXT = 24
@@ -80,3 +88,62 @@ def test_a_run_writes_an_encoder(large_icons_dir: Path, tmp_path: Path) -> None:
     assert text(**text.preprocess(["a red circle"])).values.shape[-1] == one.feature_dim
     rows = [json.loads(line) for line in (tmp_path / "contrastive.jsonl").read_text().splitlines()]
     assert rows[1]["step"] == 2 and rows[1]["images"] == 12 and rows[-1]["final"]
+
+
+def words_of(tokenizer: Any) -> Any:
+    return partial(token_ids, tokenizer, context_length=CONTEXT)
+
+
+def test_the_frames_of_a_clip_are_changed_alike(large_icons: IconSet, tokenizer: Any) -> None:
+    device = torch.device("cpu")
+    pool = ClipMatches(large_icons, 8, words_of(tokenizer), seed=0, device=device)
+    pool.frames = pool.frames[:, :1].expand(-1, 16, -1, -1, -1)  # nothing moves
+    torch.manual_seed(0)
+    still = pool.draw(6, augment)
+    assert still.values.shape == (6, 1, 3, 2, *large_icons.pixels.shape[-2:])
+    assert torch.equal(*still.values[:, 0].unbind(2))
+    assert len({tuple(clip.flatten().tolist()) for clip in still.values}) == 6
+    assert still.names.shape == still.captions.shape == (6, CONTEXT)
+
+
+def test_clips_of_one_thing_and_motion_are_one_thing(large_icons: IconSet, tokenizer: Any) -> None:
+    pool = ClipMatches(large_icons, 30, words_of(tokenizer), seed=0, device=torch.device("cpu"))
+    same = (pool.things[:, None] == pool.things[None]) == (pool.names[:, None] == pool.names[None]).all(-1)
+    assert bool(same.all()) and 6 < len(pool.things.unique()) < 30
+
+
+def test_sounds_are_read_in_windows_as_the_encoder_reads_them(bank: SoundBank, tokenizer: Any) -> None:
+    pool = SoundMatches(bank, 12, words_of(tokenizer), seed=0, device=torch.device("cpu"))
+    heard = pool.draw(5)
+    assert heard.values.shape == (5, 1, 128, PLANE) and int(heard.things.max()) < len(pool.labels)
+    wave = next(SoundSource(bank, seed=6).clips(1)).waveforms
+    plane = spectrogram(wave)[0, 0]
+    [[first, *_]] = sound_values([Audio(wave[0].numpy(), 16_000)], 128, PLANE)
+    steps = 198  # two seconds; the encoder then fills up with silence
+    assert (plane[:, :steps] - first[0, :, :steps]).abs().mean() < 0.02  # means of 2 s and of all differ a little
+
+
+def test_a_run_with_clips_and_sounds_writes_their_trunks(
+    large_icons_dir: Path, sound_bank_dir: Path, tmp_path: Path
+) -> None:
+    recipe = ContrastiveRecipe(
+        icons=str(large_icons_dir),
+        sounds=str(sound_bank_dir),
+        vocab_size=500,
+        variants=1,
+        concepts_per_batch=2,
+        clips=4,
+        clips_per_batch=2,
+        sound_pool=4,
+        sounds_per_batch=2,
+        measured=2,
+        steps=1,
+    )
+    figures = train(recipe, tmp_path)
+    assert 0 <= figures["naming_motions"] <= 1 and 0 <= figures["naming_sounds"] <= 1
+    heard = ImageBindEncoder.from_pretrained(tmp_path / "imagebind", modality="audio")
+    values = heard.preprocess([Audio(np.random.default_rng(0).normal(0, 0.1, 40_960).astype(np.float32), 16_000)])
+    assert heard(**values).values.shape == (1, 1, 256)
+    seen = ImageBindEncoder.from_pretrained(tmp_path / "imagebind", modality="video")
+    clip = Video(np.zeros((16, 128, 128, 3), dtype=np.uint8), 8.0)
+    assert seen(**seen.preprocess([clip])).values.shape == (1, 1, 256)

@@ -124,10 +124,9 @@ def test_no_training_wording_is_held_out() -> None:
     """Every string of the modules and word lists that the training reads, slots and marks aside, is another."""
     folder = Path(evaluation_cases.__file__).parent
     strings: set[str] = set()
-    for name in ("requests.py", "instruction.py"):
-        if (folder / name).exists():
-            nodes = ast.walk(ast.parse((folder / name).read_text(encoding="utf-8")))
-            strings |= {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+    for name in ("requests.py", "phrases.py", "wishes.py", "instruction.py"):
+        nodes = ast.walk(ast.parse((folder / name).read_text(encoding="utf-8")))
+        strings |= {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)}
     for path in folder.glob("words/*"):
         if not path.name.startswith("heldout_"):
             text = path.read_text(encoding="utf-8")

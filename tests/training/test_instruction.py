@@ -21,7 +21,8 @@ from anygen.training.icons import IconSet
 from anygen.training.magpie import self_answers
 from anygen.training.packing import PackedBatches, PackedDecoder, block_mask
 from anygen.training.pictures import PictureSource
-from anygen.training.requests import Conversations, PoolPicture
+from anygen.training.requests import Conversations, Seen
+from anygen.training.wishes import ImageWishes
 
 if TYPE_CHECKING:
     from anygen.llm import LLM
@@ -45,7 +46,7 @@ def parts(
     return {
         "icons": str(icons_dir),
         "encoder": str(out / "imagebind"),
-        "generator": str(trained_generator[0] / "generator"),
+        "generators": {"image": str(trained_generator[0] / "generator")},
         "llm": str(out / "llm"),
     }
 
@@ -111,8 +112,8 @@ def test_only_the_named_parts_train(run: Path, parts: Parts, tmp_path: Path) -> 
 def test_plain_talk_teaches_the_route_alone(run: Path, parts: Parts, icons: IconSet) -> None:
     model = load(run, parts)
     encoder = ImageBindEncoder.from_pretrained(parts["encoder"])
-    pool = instruction.encode_pool(PictureSource(icons, seed=0), encoder, 8)
-    examples = instruction.Examples(Conversations(icons.concepts, pool.shown, 0), model)
+    pool = instruction.encode_pictures(PictureSource(icons, seed=0), encoder, 8)
+    examples = instruction.Examples(Conversations([ImageWishes(icons.concepts)], pool.shown, 0), model)
     plain = [examples[n] for n in range(200) if examples.conversations[n].words]
     assert plain
     for example in plain:
@@ -124,24 +125,24 @@ def test_a_packed_batch_has_the_losses_of_its_conversations_read_one_by_one(
     run: Path, parts: Parts, icons: IconSet
 ) -> None:
     model = load(run, parts)
-    generator = StableDiffusionGenerator.from_pretrained(parts["generator"])
-    pool = instruction.encode_pool(PictureSource(icons, seed=0), ImageBindEncoder.from_pretrained(parts["encoder"]), 8)
-    examples = instruction.Examples(Conversations(icons.concepts, pool.shown, 0), model)
-    collator = instruction.Collator(pool, generator, 512)
+    generator = StableDiffusionGenerator.from_pretrained(parts["generators"]["image"])
+    pool = instruction.encode_pictures(
+        PictureSource(icons, seed=0), ImageBindEncoder.from_pretrained(parts["encoder"]), 8
+    )
+    examples = instruction.Examples(Conversations([ImageWishes(icons.concepts)], pool.shown, 0), model)
+    collator = instruction.Collator({"image": pool.features}, {"image": generator}, 512)
     batches = PackedBatches(examples, collator, batches=1, rows=3, width=512, chunk=1, lanes=1, seed=0)
     rows = batches._chunk(0)
     batch = batches[0]
     runs = len(model.signal_tokens.run_starts(batch["input_ids"], "image"))
-    assert runs == len(batch["caption_ids"]) > 3 and max(len(row) for row in rows) > 2
+    assert runs == len(batch["captions"]["image"]["ids"]) > 3 and max(len(row) for row in rows) > 2
     assert int((batch["input_ids"] == -1).sum()) == 4 * len(batch["media"]["image"])
 
     def losses(batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        ids, media = batch["input_ids"], batch.get("media")
+        ids = batch["input_ids"]
         decoder = PackedDecoder(model.llm, bf16=False, compile=False, graph=True)
-        hidden = decoder.run(model.embed(ids, media), block_mask(batch["segments"]), batch["position_ids"])
-        target = batch["caption_ids"]
-        if target is not None:
-            target = {"image": {EMBEDS: generator.text.encoder(input_ids=target).last_hidden_state}}
+        hidden = decoder.run(model.embed(ids, batch["media"]), block_mask(batch["segments"]), batch["position_ids"])
+        target = {name: instruction.caption_targets(generator, tokens) for name, tokens in batch["captions"].items()}
         output = model.losses(ids, hidden, batch["labels"], target)
         assert output.lm_loss is not None
         return output.lm_loss, output.alignment_loss
@@ -158,7 +159,7 @@ def test_a_packed_batch_has_the_losses_of_its_conversations_read_one_by_one(
             aligned, sum(loss * n for loss, n in drawn) / sum(n for _, n in drawn), atol=1e-5, rtol=1e-5
         )
         # and the plain pass of the model agrees with the packed decoder on one conversation
-        example = next(example for example, _, loss in apart if loss is not None and not example["pictures"])
+        example = next(example for example, _, loss in apart if loss is not None and not example["media"])
         plain = model(input_ids=torch.tensor([example["ids"]]), labels=torch.tensor([example["labels"]]))
         torch.testing.assert_close(losses(collator([[example]]))[0], plain.lm_loss, atol=1e-5, rtol=1e-5)
 
@@ -180,14 +181,18 @@ def test_talk_before_a_request_is_the_llms_own(tiny_llm: "Callable[..., LLM]", i
     assert answers == {"What is an apple?": "It is a fruit.", "Hello": "Hi! How are you?"}
     for kind in ("media_after", "talk_after"):
         supply = Conversations(
-            icons.concepts, [PoolPicture(0, 0, Drawing(label="dog", style="flat"))], 0, {kind: 1.0}, answers
+            [ImageWishes(icons.concepts)],
+            [Seen("image", 0, Drawing(label="dog", style="flat"))],
+            0,
+            {kind: 1.0},
+            answers,
         )
         told = [message.text for n in range(40) for message in supply[n].messages if message.role == "assistant"]
         assert set(answers.values()) <= set(told)
 
 
 def test_the_metric_measures_what_cross_attention_sees(parts: Parts) -> None:
-    unet = StableDiffusionGenerator.from_pretrained(parts["generator"]).unet
+    unet = StableDiffusionGenerator.from_pretrained(parts["generators"]["image"]).unet
     metric = instruction.attention_metric(unet, floor=0.0)
     difference = torch.randn(5, metric.shape[0])
     maps = [m.weight for n, m in unet.named_modules() if n.endswith(("attn2.to_k", "attn2.to_v"))]
@@ -198,7 +203,7 @@ def test_the_metric_measures_what_cross_attention_sees(parts: Parts) -> None:
 
 def test_kept_states_are_those_of_the_plain_pass(run: Path, parts: Parts, icons: IconSet) -> None:
     model = load(run, parts)
-    items = alignment.contexts(Conversations(icons.concepts, [], 0), 41, 0)
+    items = alignment.contexts(Conversations([ImageWishes(icons.concepts)], [], 0), 41, 0)
     states, captions = alignment.read_states(model, items, batch_size=5)
     examples = [model.prompts.example(item.messages).ids for item in items]
     ids, mask = pad(examples, 0)
@@ -212,7 +217,7 @@ def test_kept_states_are_those_of_the_plain_pass(run: Path, parts: Parts, icons:
 
 
 def test_contexts_ask_for_every_name_in_every_style_first(icons: IconSet) -> None:
-    items = alignment.contexts(Conversations(icons.concepts, [], 0), 36, 0)
+    items = alignment.contexts(Conversations([ImageWishes(icons.concepts)], [], 0), 36, 0)
     captions = {str(part.media) for item in items for part in item.messages[-1].parts if isinstance(part, MediaPart)}
     assert len(captions) == 36  # six concepts, five styles and none
     assert {"a red circle", "a red circle, in the flat style"} <= captions
@@ -223,7 +228,7 @@ def test_alignment_moves_the_output_projector_and_nothing_else(run: Path, parts:
         alignment.AlignmentRecipe(
             icons=parts["icons"],
             model=str(run / "model"),
-            generator=parts["generator"],
+            generator=parts["generators"]["image"],
             llm=parts["llm"],
             contexts=12,
             batch_size=8,
@@ -245,7 +250,7 @@ def test_the_parts_are_assembled_with_a_manifest(run: Path, parts: Parts, tmp_pa
     with pytest.raises(CheckpointError, match="generator is missing: run the recipe that makes it first"):
         (runs / "model").symlink_to(run / "model")
         assemble(runs, tmp_path / "out")
-    (runs / "generator").symlink_to(parts["generator"])
+    (runs / "generator").symlink_to(parts["generators"]["image"])
     (runs / "imagebind").symlink_to(parts["encoder"])
     out = tmp_path / "out"
     out.mkdir()

@@ -1,0 +1,367 @@
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from anygen.errors import CheckpointError, ConfigError
+from anygen.features import Condition
+from anygen.generators.audioldm2 import (
+    EMBEDS,
+    GENERATED,
+    AudioLDM2Generator,
+    SoundDefaults,
+    SoundText,
+    empty_condition,
+    text_mask,
+)
+from anygen.generators.mel import LOUDNESS, PEAK
+from anygen.media import Audio
+from anygen.training.diffusion import build_scheduler
+from anygen.training.tokenizer import train_tokenizer
+
+CAPTIONS = ["a trumpet playing a fast rising melody", "a dog"]
+SECONDS = 0.1
+
+
+def make_text(*, clap: bool = False) -> SoundText:
+    from diffusers.pipelines.audioldm2 import AudioLDM2ProjectionModel
+    from transformers import ClapConfig, ClapModel, GPT2Config, GPT2LMHeadModel, T5Config, T5EncoderModel
+
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer(CAPTIONS, vocab_size=300, context=24)
+    sequence = T5EncoderModel(
+        T5Config(
+            vocab_size=len(tokenizer),
+            d_model=12,
+            d_kv=6,
+            d_ff=16,
+            num_layers=1,
+            num_heads=2,
+            feed_forward_proj="gated-gelu",
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    language_model = GPT2LMHeadModel(GPT2Config(vocab_size=1, n_positions=64, n_embd=8, n_layer=1, n_head=2))
+    listener = None
+    if clap:
+        text_config = dict(
+            vocab_size=len(tokenizer),
+            hidden_size=8,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=40,
+            pad_token_id=1,
+            projection_dim=10,
+        )
+        audio_config = dict(
+            spec_size=8,
+            window_size=4,
+            num_mel_bins=8,
+            patch_size=2,
+            patch_stride=2,
+            patch_embeds_hidden_size=8,
+            depths=[1],
+            num_attention_heads=[2],
+            num_hidden_layers=1,
+            hidden_size=8,
+            projection_dim=10,
+        )
+        listener = ClapModel(ClapConfig(text_config=text_config, audio_config=audio_config, projection_dim=10))
+    return SoundText(
+        sequence=sequence,
+        tokenizer=tokenizer,
+        projection=AudioLDM2ProjectionModel(10 if clap else 12, 12, 8),
+        language_model=language_model,
+        context=24,
+        clap=listener,
+        clap_tokenizer=tokenizer if clap else None,
+    ).eval()
+
+
+def make_generator(*, prediction_type: str = "v_prediction", clap: bool = False) -> AudioLDM2Generator:
+    from diffusers import AudioLDM2UNet2DConditionModel, AutoencoderKL
+    from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig
+
+    text = make_text(clap=clap)
+    torch.manual_seed(0)
+    vae_blocks: dict[str, Any] = {
+        "block_out_channels": (8, 16),
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+    }
+    vae: Any = AutoencoderKL(
+        in_channels=1, out_channels=1, latent_channels=4, norm_num_groups=4, scaling_factor=0.7, **vae_blocks
+    )
+    unet_blocks: dict[str, Any] = {
+        "block_out_channels": (8, 16),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "cross_attention_dim": ((None, 8, 12),) * 2,
+    }
+    unet: Any = AudioLDM2UNet2DConditionModel(
+        in_channels=4, out_channels=4, layers_per_block=1, attention_head_dim=4, norm_num_groups=4, **unet_blocks
+    )
+    vocoder = SpeechT5HifiGan(
+        SpeechT5HifiGanConfig(
+            model_in_dim=16,
+            sampling_rate=16000,
+            upsample_initial_channel=8,
+            upsample_rates=[20, 8],
+            upsample_kernel_sizes=[40, 16],
+            resblock_kernel_sizes=[3],
+            resblock_dilation_sizes=[[1, 3]],
+            initializer_range=0.3,
+            normalize_before=False,
+        )
+    )
+    scheduler = build_scheduler()
+    scheduler = type(scheduler).from_config(scheduler.config, prediction_type=prediction_type)
+    return AudioLDM2Generator(
+        vae=vae,
+        unet=unet,
+        vocoder=vocoder,
+        scheduler=scheduler,
+        unconditional=empty_condition(text),
+        text=text,
+        defaults=SoundDefaults(steps=3, guidance_scale=4.0, seconds=SECONDS),
+    )
+
+
+@pytest.fixture(scope="module")
+def generator() -> AudioLDM2Generator:
+    return make_generator()
+
+
+def make_pipeline(generator: AudioLDM2Generator) -> Any:
+    from diffusers import AudioLDM2Pipeline
+
+    text = generator.text
+    parts: dict[str, Any] = {"text_encoder": text.clap, "tokenizer": text.clap_tokenizer, "feature_extractor": None}
+    pipeline: Any = AudioLDM2Pipeline(
+        vae=generator.vae,
+        text_encoder_2=text.sequence,
+        projection_model=text.projection,
+        language_model=text.language_model,
+        tokenizer_2=text.tokenizer,
+        unet=generator.unet,
+        scheduler=generator.scheduler,
+        vocoder=generator.vocoder,
+        **parts,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def given(generator: AudioLDM2Generator, condition: Condition, **settings: Any) -> dict[str, Any]:
+    """The pipeline's arguments for our condition."""
+    empty = {name: row.expand(len(condition), -1, -1) for name, row in generator.unconditional.items()}
+    return {
+        "prompt_embeds": condition.tensors[EMBEDS],
+        "generated_prompt_embeds": condition.tensors[GENERATED],
+        "attention_mask": text_mask(condition.tensors[EMBEDS]),
+        "negative_prompt_embeds": empty[EMBEDS],
+        "negative_generated_prompt_embeds": empty[GENERATED],
+        "negative_attention_mask": text_mask(empty[EMBEDS]),
+        "num_inference_steps": 3,
+        "audio_length_in_s": SECONDS,
+    } | settings
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_sounds_equal_those_of_the_diffusers_pipeline(generator: AudioLDM2Generator, guidance: float) -> None:
+    pipeline, condition = make_pipeline(generator), generator.encode_text(CAPTIONS)
+    arguments = given(generator, condition, guidance_scale=guidance)
+    latents, theirs = (
+        pipeline(
+            **arguments, generator=[torch.Generator().manual_seed(seed) for seed in (5, 6)], output_type=kind
+        ).audios
+        for kind in ("latent", "pt")
+    )
+    ours = generator.sample(condition, [5, 6], 3, guidance)
+    torch.testing.assert_close(ours, latents, atol=1e-5, rtol=0)
+    waveform = generator.decode(ours, SECONDS)
+    assert waveform.shape == (2, 1600) and waveform.std() > 1e-3
+    torch.testing.assert_close(waveform, theirs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("caption", CAPTIONS)
+def test_conditions_with_clap_equal_those_of_the_pipeline_for_one_caption(caption: str) -> None:
+    generator = make_generator(clap=True)
+    embeds, mask, generated = make_pipeline(generator).encode_prompt(
+        [caption], "cpu", 1, False, transcription=[caption], max_new_tokens=8
+    )
+    ours = generator.encode_text(CAPTIONS)[CAPTIONS.index(caption)].tensors
+    length = embeds.shape[1]
+    assert text_mask(ours[EMBEDS]).tolist() == [mask[0].tolist() + [0] * (24 - length)]
+    torch.testing.assert_close(ours[EMBEDS][:, :length], embeds, atol=1e-5, rtol=0)
+    torch.testing.assert_close(ours[GENERATED], generated, atol=1e-5, rtol=0)
+    assert not ours[EMBEDS][:, length:].any()
+
+
+def test_a_condition_does_not_depend_on_its_batch(generator: AudioLDM2Generator) -> None:
+    together = generator.encode_text([*CAPTIONS, ""])
+    for row, caption in enumerate([*CAPTIONS, ""]):
+        alone = generator.encode_text([caption])
+        for name in (GENERATED, EMBEDS):
+            torch.testing.assert_close(alone.tensors[name], together[row].tensors[name])
+
+
+def test_both_conditions_and_the_mask_reach_the_sound(generator: AudioLDM2Generator) -> None:
+    condition = generator.encode_text(CAPTIONS[:1])
+    plain = generator.sample(condition, [0])
+    for name in (GENERATED, EMBEDS):
+        changed = Condition(condition.tensors | {name: condition.tensors[name].flip(-1)})
+        assert not torch.allclose(generator.sample(changed, [0]), plain)
+    shorter = condition.tensors[EMBEDS].clone()
+    shorter[:, 4:] = 0
+    assert not torch.allclose(generator.sample(Condition(condition.tensors | {EMBEDS: shorter}), [0]), plain)
+
+
+def test_the_mask_is_read_from_the_rows_sizes() -> None:
+    rows = torch.randn(2, 5, 6).sign()
+    sizes = torch.tensor([[1.0, 0.9, 0.3, 0.2, 0.0], [0.0, 0.0, 0.0, 0.0, 0.0]])
+    assert text_mask(rows * sizes[..., None]).tolist() == [[1, 1, 1, 0, 0], [1, 0, 0, 0, 0]]
+    assert text_mask(rows * sizes[..., None] * 30)[0].tolist() == [1, 1, 1, 0, 0]
+
+
+def test_a_sound_does_not_depend_on_its_batch(generator: AudioLDM2Generator) -> None:
+    condition = generator.encode_text([*CAPTIONS, ""])
+    together = generator.sample(condition, [1, 2, 3])
+    for row, seed in enumerate((1, 2, 3)):
+        torch.testing.assert_close(generator.sample(condition[row], [seed]), together[row : row + 1])
+
+
+def test_sounds_are_levelled_and_as_long_as_asked(generator: AudioLDM2Generator) -> None:
+    condition = generator.encode_text(CAPTIONS)
+    for seconds, count in ((None, 1600), (0.43, 6880)):
+        for sound in generator.generate(condition, seeds=[0, 1], seconds=seconds):
+            assert isinstance(sound, Audio) and sound.sampling_rate == 16000
+            assert sound.samples.shape == (1, count) and sound.samples.dtype == np.float32
+            assert abs(sound.samples).max() <= PEAK + 1e-6
+            assert 10 * np.log10(np.square(sound.samples).mean()) <= LOUDNESS + 0.5
+
+
+def test_a_saved_folder_gives_the_same_sounds_here_and_in_diffusers(
+    generator: AudioLDM2Generator, tmp_path: Path
+) -> None:
+    from diffusers import AudioLDM2Pipeline
+
+    generator.save_pretrained(tmp_path)
+    loaded = AudioLDM2Generator.from_pretrained(tmp_path)
+    condition = generator.encode_text(CAPTIONS)
+    sounds = (part.decode(part.sample(condition, [4, 5])) for part in (loaded, generator))
+    torch.testing.assert_close(*sounds)
+    again = loaded.encode_text(CAPTIONS)
+    for name in (GENERATED, EMBEDS):
+        torch.testing.assert_close(again.tensors[name], condition.tensors[name])
+    assert loaded.defaults == generator.defaults and loaded.condition_spec == generator.condition_spec
+    loaded.save_pretrained(tmp_path / "again")
+    assert not [path for path in (tmp_path / "again").rglob("*.json") if str(tmp_path) in path.read_text()]
+    absent: dict[str, Any] = dict.fromkeys(("text_encoder", "tokenizer", "feature_extractor"))
+    pipeline: Any = AudioLDM2Pipeline.from_pretrained(tmp_path, **absent)
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(
+        **given(generator, condition[0], guidance_scale=4.0),
+        generator=torch.Generator().manual_seed(4),
+        output_type="latent",
+    ).audios
+    torch.testing.assert_close(generator.sample(condition[0], [4]), theirs, atol=1e-5, rtol=0)
+
+
+def test_a_folder_with_clap_and_a_bare_gpt2_is_read(tmp_path: Path) -> None:
+    generator = make_generator(clap=True)
+    generator.save_pretrained(tmp_path)
+    generator.text.language_model.transformer.save_pretrained(tmp_path / "language_model")
+    (tmp_path / "unconditional.safetensors").unlink()
+    loaded = AudioLDM2Generator.from_pretrained(tmp_path, context=24)
+    for name in (GENERATED, EMBEDS):
+        torch.testing.assert_close(loaded.unconditional[name], generator.unconditional[name])
+        one, other = (part.encode_text(CAPTIONS).tensors[name] for part in (loaded, generator))
+        torch.testing.assert_close(one, other)
+
+
+def test_no_text_encoder_is_loaded_to_generate(generator: AudioLDM2Generator, tmp_path: Path) -> None:
+    generator.save_pretrained(tmp_path)
+    for part in ("text_encoder_2", "language_model", "projection_model"):
+        for weights in (tmp_path / part).glob("*.safetensors"):
+            weights.unlink()
+    loaded = AudioLDM2Generator.from_pretrained(tmp_path)
+    condition = Condition({GENERATED: torch.randn(1, 8, 8), EMBEDS: torch.randn(1, 24, 12)})
+    assert isinstance(loaded.generate(condition, seeds=[0])[0], Audio)
+
+
+def test_steps_are_reported_and_bad_requests_refused(generator: AudioLDM2Generator) -> None:
+    condition = generator.encode_text(["a dog"])
+    seen: list[tuple[int, int]] = []
+    generator.generate(condition, seeds=[0], steps=2, on_step=lambda done, total: seen.append((done, total)))
+    assert seen == [(1, 2), (2, 2)]
+    with pytest.raises(ConfigError, match="1 conditions need 1 seeds, got 2"):
+        generator.sample(condition, [0, 1])
+    with pytest.raises(ConfigError, match="steps must be at least 1, got 0"):
+        generator.sample(condition, [0], 0)
+    for seconds in (-1.0, 61.0, float("nan")):
+        with pytest.raises(ConfigError, match=f"over 0 and at most 60, got {seconds:g}"):
+            generator.sample(condition, [0], seconds=seconds)
+    with pytest.raises(ConfigError, match=r"\(24, 12\).* is wanted, got"):
+        generator.sample(Condition({EMBEDS: torch.zeros(1, 24, 12)}), [0])
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_the_denoising_loss_is_the_textbook_one(prediction_type: str) -> None:
+    generator = make_generator(prediction_type=prediction_type)
+    condition, mel = generator.encode_text(["a dog"]), torch.randn(1, 1, 8, 16)
+    loss = generator.denoising_loss(condition, mel, generator=torch.Generator().manual_seed(3))
+
+    draws = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        latents = generator.vae.encode(mel).latent_dist.sample(draws) * 0.7
+        noise = torch.randn(latents.shape, generator=draws)
+        time = torch.randint(1000, (1,), generator=draws)
+        kept = generator.scheduler.alphas_cumprod[time].view(1, 1, 1, 1)
+        noisy = kept.sqrt() * latents + (1 - kept).sqrt() * noise
+        tensors = condition.tensors
+        predicted = generator.unet(
+            noisy,
+            time,
+            encoder_hidden_states=tensors[GENERATED],
+            encoder_hidden_states_1=tensors[EMBEDS],
+            encoder_attention_mask_1=generator.text.tokenize(["a dog"]).mask,
+        ).sample
+        velocity = kept.sqrt() * noise - (1 - kept).sqrt() * latents
+    wanted = noise if prediction_type == "epsilon" else velocity
+    torch.testing.assert_close(loss, (predicted - wanted).square().mean())
+
+
+def test_the_denoising_loss_reaches_both_conditions(generator: AudioLDM2Generator) -> None:
+    tensors = {GENERATED: torch.randn(1, 8, 8).requires_grad_(), EMBEDS: torch.randn(1, 24, 12).requires_grad_()}
+    generator.denoising_loss(Condition(dict(tensors)), torch.zeros(1, 1, 8, 16)).backward()
+    assert all(tensor.grad is not None and tensor.grad.abs().sum() > 0 for tensor in tensors.values())
+
+
+def test_the_denoising_loss_takes_sounds_as_well(generator: AudioLDM2Generator) -> None:
+    from anygen.generators.mel import LogMel
+
+    noise = np.random.default_rng(0).normal(0, 0.3, 1300).clip(-1, 1).astype(np.float32)
+    mel = LogMel(generator.mel_config)
+    condition = generator.encode_text(["a dog"])
+    loudness = 10 ** (LOUDNESS / 20) / np.sqrt(np.square(noise[:1280]).mean())
+    taken = mel(torch.from_numpy(noise[:1280] * loudness)[None])[:, None]
+    losses = [
+        generator.denoising_loss(condition, media, generator=torch.Generator().manual_seed(3))
+        for media in (taken, [Audio(noise, 16000)])
+    ]
+    torch.testing.assert_close(*losses)
+    with pytest.raises(ConfigError, match="sounds of 16000 Hz are wanted, got one of 8000 Hz"):
+        generator.denoising_loss(condition, [Audio(noise, 8000)])
+
+
+def test_a_folder_without_a_part_is_named(generator: AudioLDM2Generator, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is not an AudioLDM2 folder: it has no 'vae'"):
+        AudioLDM2Generator.from_pretrained(tmp_path)
+    generator.save_pretrained(tmp_path)
+    (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="no file named diffusion_pytorch_model"):
+        AudioLDM2Generator.from_pretrained(tmp_path)
