@@ -20,6 +20,7 @@ import tempfile
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -173,8 +174,12 @@ class _SoundFont:
     """A soundfont in the synthesizer."""
 
     def __init__(self, deb: Path, path: str) -> None:
-        import tinysoundfont
-
+        try:
+            tinysoundfont = import_module("tinysoundfont")
+        except ImportError:
+            raise HubError(
+                "rendering the soundfonts needs the package 'tinysoundfont': pip install --no-deps tinysoundfont==0.3.7"
+            ) from None
         self.synth: Any = tinysoundfont.Synth(samplerate=_RENDER_RATE)
         with tempfile.TemporaryDirectory() as folder:
             (file := Path(folder) / "font.sf2").write_bytes(_from_deb(deb, path))

