@@ -20,19 +20,19 @@ N samples.
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from anygen.component import SHARD
 from anygen.errors import CheckpointError, ConfigError
 from anygen.features import Condition, ConditionSpec
-from anygen.generators.base import Generator, StepCallback
+from anygen.generators.base import StepCallback
+from anygen.generators.denoising import DenoisingGenerator, Predictor
 from anygen.generators.latent import SamplingDefaults
 from anygen.generators.mel import LogMel, MelConfig, faded, levelled
 from anygen.progress import quiet_libraries
@@ -155,7 +155,7 @@ def text_mask(embeds: Tensor) -> Tensor:
     return mask.long()
 
 
-class AudioLDM2Generator(Generator):
+class AudioLDM2Generator(DenoisingGenerator):
     """A latent-diffusion sound generator: mel autoencoder, UNet, noise schedule, vocoder, and on demand the text side.
 
     Sounds have the vocoder's sampling rate, one channel, the loudness of `mel.LOUDNESS` and the length asked for.
@@ -296,11 +296,6 @@ class AudioLDM2Generator(Generator):
         return self._text
 
     @property
-    def device(self) -> torch.device:
-        """Where the UNet is."""
-        return self.unet.device
-
-    @property
     def sampling_rate(self) -> int:
         """Samples a second of what is generated."""
         return self.vocoder.config.sampling_rate
@@ -379,40 +374,19 @@ class AudioLDM2Generator(Generator):
         seconds: float | None = None,
     ) -> Tensor:
         """As `generate`, but returns the latents, float[B, c, T / f, F / f]."""
-        tensors = self.condition_spec.check(condition).tensors
-        generated, embeds = (tensors[name].to(self.device, self.unet.dtype) for name in (GENERATED, EMBEDS))
-        if len(seeds) != len(embeds):
-            raise ConfigError(f"{len(embeds)} conditions need {len(embeds)} seeds, got {len(seeds)}")
-        steps = self.defaults.steps if steps is None else steps
-        guidance = self.defaults.guidance_scale if guidance_scale is None else guidance_scale
-        if steps < 1:
-            raise ConfigError(f"steps must be at least 1, got {steps}")
-        scheduler = type(self.scheduler).from_config(self.scheduler.config)
-        scheduler.set_timesteps(steps, device=self.device)
-        latents = self._noise(seeds, self.defaults.seconds if seconds is None else seconds)
-        latents = latents * scheduler.init_noise_sigma
-        if guided := guidance > 1:
-            empty = self.unconditional
-            generated = torch.cat([empty[GENERATED].to(generated).expand_as(generated), generated])
-            embeds = torch.cat([empty[EMBEDS].to(embeds).expand_as(embeds), embeds])
-        mask = text_mask(embeds)
-        for step, time in enumerate(scheduler.timesteps):
-            model_input = scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, time)
-            predicted = self.unet(
-                model_input,
-                time,
-                encoder_hidden_states=generated,
-                encoder_hidden_states_1=embeds,
-                encoder_attention_mask_1=mask,
-                return_dict=False,
-            )[0]
-            if guided:
-                without, with_text = predicted.chunk(2)
-                predicted = without + guidance * (with_text - without)
-            latents = scheduler.step(predicted, time, latents, return_dict=False)[0]
-            if on_step is not None:
-                on_step(step + 1, steps)
-        return latents
+        told = self._told(condition)
+        length: float = self.defaults.seconds if seconds is None else seconds
+
+        def predictor(guided: bool) -> Predictor:
+            if not guided:
+                return self._predictor(told)
+            empty = {name: self.unconditional[name].to(rows).expand_as(rows) for name, rows in told.items()}
+            return self._predictor({name: torch.cat([empty[name], rows]) for name, rows in told.items()})
+
+        def noise() -> Tensor:
+            return self._noise(seeds, self._latent_shape(length))
+
+        return self.guided_sampling(predictor, noise, len(told[EMBEDS]), seeds, steps, guidance_scale, on_step)
 
     @torch.inference_mode()
     def decode(self, latents: Tensor, seconds: float | None = None) -> Tensor:
@@ -433,41 +407,22 @@ class AudioLDM2Generator(Generator):
             ConfigError: a sound has another sampling rate than the vocoder.
         """
         mel = media if isinstance(media, Tensor) else self._mels(media)
-        with torch.no_grad():
-            posterior = self.vae.encode(mel.to(self.device, self.vae.dtype)).latent_dist
-            latents = posterior.sample(generator) * self.vae.config.scaling_factor
-        noise = torch.randn(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
-        last = self.scheduler.config.num_train_timesteps
-        times = torch.randint(last, (len(latents),), generator=generator, device=latents.device)
+        return self.prediction_loss(self._predictor(self._told(condition)), self.encode(mel, generator), generator)
+
+    def _told(self, condition: Condition) -> dict[str, Tensor]:
         tensors = self.condition_spec.check(condition).tensors
-        generated, embeds = (tensors[name].to(self.device, self.unet.dtype) for name in (GENERATED, EMBEDS))
-        predicted = self.unet(
-            self.add_noise(latents, noise, times),
-            times,
-            encoder_hidden_states=generated,
-            encoder_hidden_states_1=embeds,
-            encoder_attention_mask_1=text_mask(embeds),
-        ).sample
-        return F.mse_loss(predicted.float(), self.target(latents, noise, times).float())
+        return {name: tensors[name].to(self.device, self.unet.dtype) for name in (GENERATED, EMBEDS)}
 
-    def add_noise(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        """The forward process at integer `times`: float[B, c, T / f, F / f]."""
-        signal, sigma = self._signal_and_noise(times, latents)
-        return signal * latents + sigma * noise
-
-    def target(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        """What the UNet is trained to predict there: the noise, or the velocity (Salimans & Ho, arXiv:2202.00512)."""
-        kind = self.scheduler.config.prediction_type
-        if kind == "epsilon":
-            return noise
-        if kind == "v_prediction":
-            signal, sigma = self._signal_and_noise(times, latents)
-            return signal * noise - sigma * latents
-        raise ConfigError(f"prediction type '{kind}' has no training target here; known: epsilon, v_prediction")
-
-    def _signal_and_noise(self, times: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        kept = self.scheduler.alphas_cumprod.to(like.device)[times].to(like.dtype)[:, None, None, None]
-        return kept.sqrt(), (1 - kept).sqrt()
+    def _predictor(self, told: Mapping[str, Tensor]) -> Predictor:
+        mask = text_mask(told[EMBEDS])
+        return lambda latents, time: self.unet(
+            latents,
+            time,
+            encoder_hidden_states=told[GENERATED],
+            encoder_hidden_states_1=told[EMBEDS],
+            encoder_attention_mask_1=mask,
+            return_dict=False,
+        )[0]
 
     def _mels(self, sounds: Sequence[Any]) -> Tensor:
         """B sounds -> float32[B, 1, T, F], T a multiple of the autoencoder's factor."""
@@ -479,15 +434,13 @@ class AudioLDM2Generator(Generator):
         log_mel = LogMel(self.mel_config).to(self.device)
         return log_mel(levelled(waveform, self.sampling_rate))[:, None]
 
-    def _noise(self, seeds: Sequence[int], seconds: float) -> Tensor:
-        """float[B, c, T / f, F / f], each sample from its own generator; drawn on the CPU, the same on every device."""
+    def _latent_shape(self, seconds: float) -> tuple[int, int, int]:
+        """(c, T / f, F / f) of a sound of that length."""
         frames = int(seconds * self.sampling_rate / self._hop) if math.isfinite(seconds) else 0
         if frames < 1 or seconds > MOST_SECONDS:
             raise ConfigError(f"seconds must be over 0 and at most {MOST_SECONDS:g}, got {seconds:g}")
         rows = -(-frames // self._factor)
-        shape = (self.unet.config.in_channels, rows, self.vocoder.config.model_in_dim // self._factor)
-        drawn = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        return torch.stack(drawn).to(self.device, self.unet.dtype)
+        return self.unet.config.in_channels, rows, self.vocoder.config.model_in_dim // self._factor
 
 
 def load_sound_text(directory: Path, context: int, dtype: torch.dtype) -> SoundText:

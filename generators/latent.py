@@ -1,9 +1,8 @@
-"""What the latent-diffusion generators share: the text encoder, the guided sampling loop, the loss, the folder.
+"""What the generators conditioned on one text encoder's states share: the encoder, sampling and loss, the folder.
 
-Source: Rombach et al. 2022 (arXiv:2112.10752); classifier-free guidance, Ho & Salimans 2022 (arXiv:2207.12598).
-Differs: each sample's noise is drawn from its own seed, so that a sample does not depend on its batch; the empty
-caption's condition is stored beside the weights, so that generating needs no text encoder in memory; and a folder may
-name a part of another generator's folder instead of holding a copy:
+Source: Rombach et al. 2022 (arXiv:2112.10752).
+Differs: the empty caption's condition is stored beside the weights, so that generating needs no text encoder in
+memory; and a folder may name a part of another generator's folder instead of holding a copy:
 
     shared.json   {"vae": "../image/vae", "text_encoder": "../image/text_encoder", "tokenizer": "../image/tokenizer"}
 
@@ -20,13 +19,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from anygen.component import SHARD
 from anygen.config import Config
 from anygen.errors import CheckpointError, ConfigError
 from anygen.features import Condition, ConditionSpec
-from anygen.generators.base import Generator, StepCallback
+from anygen.generators.base import StepCallback
+from anygen.generators.denoising import DenoisingGenerator, Predictor
 from anygen.progress import quiet_libraries
 
 if TYPE_CHECKING:
@@ -54,12 +53,17 @@ class TextConditioner:
         """Joins a `CLIPTextModel` and its tokenizer."""
         self.encoder, self.tokenizer = encoder, tokenizer
 
+    @property
+    def context(self) -> int:
+        """L, the tokens that a caption is cut or padded to."""
+        return self.encoder.config.max_position_embeddings
+
     def tokenize(self, captions: Sequence[str]) -> Tensor:
         """B captions -> int64[B, L], cut or padded to the encoder's context."""
         return self.tokenizer(
             list(captions),
             padding="max_length",
-            max_length=self.encoder.config.max_position_embeddings,
+            max_length=self.context,
             truncation=True,
             return_tensors="pt",
         ).input_ids
@@ -69,7 +73,7 @@ class TextConditioner:
         return self.encoder(input_ids=ids).last_hidden_state
 
 
-class LatentDiffusionGenerator(Generator):
+class LatentDiffusionGenerator(DenoisingGenerator):
     """VAE, UNet, noise schedule, and on demand the text encoder; a modality adds its shapes and its media."""
 
     folder_name: ClassVar[str]
@@ -209,11 +213,6 @@ class LatentDiffusionGenerator(Generator):
         return self._text
 
     @property
-    def device(self) -> torch.device:
-        """Where the UNet is."""
-        return self.unet.device
-
-    @property
     def factor(self) -> int:
         """Pixels a latent's side: how often the VAE halves."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
@@ -267,27 +266,12 @@ class LatentDiffusionGenerator(Generator):
             ConfigError: the condition does not fit, or the seeds are not one a sample.
         """
         embeds = self.condition_spec.check(condition).tensors[EMBEDS].to(self.device, self.unet.dtype)
-        if len(seeds) != len(embeds):
-            raise ConfigError(f"{len(embeds)} conditions need {len(embeds)} seeds, got {len(seeds)}")
-        steps = self.defaults.steps if steps is None else steps
-        guidance = self.defaults.guidance_scale if guidance_scale is None else guidance_scale
-        if steps < 1:
-            raise ConfigError(f"steps must be at least 1, got {steps}")
-        scheduler = type(self.scheduler).from_config(self.scheduler.config)
-        scheduler.set_timesteps(steps, device=self.device)
-        latents = noise() * scheduler.init_noise_sigma
-        if guided := guidance > 1:
-            embeds = torch.cat([self.unconditional.to(embeds).expand_as(embeds), embeds])
-        for step, time in enumerate(scheduler.timesteps):
-            model_input = scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, time)
-            predicted = self.unet(model_input, time, encoder_hidden_states=embeds, return_dict=False)[0]
-            if guided:
-                without, with_text = predicted.chunk(2)
-                predicted = without + guidance * (with_text - without)
-            latents = scheduler.step(predicted, time, latents, return_dict=False)[0]
-            if on_step is not None:
-                on_step(step + 1, steps)
-        return latents
+
+        def predictor(guided: bool) -> Predictor:
+            told = torch.cat([self.unconditional.to(embeds).expand_as(embeds), embeds]) if guided else embeds
+            return lambda latents, time: self.unet(latents, time, encoder_hidden_states=told, return_dict=False)[0]
+
+        return self.guided_sampling(predictor, noise, len(embeds), seeds, steps, guidance_scale, on_step)
 
     def latent_loss(self, condition: Condition, latents: Tensor, generator: torch.Generator | None) -> Tensor:
         """Mean squared error of the UNet's prediction for float[B, c, ...] at random times.
@@ -297,38 +281,10 @@ class LatentDiffusionGenerator(Generator):
             latents: scaled as the UNet wants them.
             generator: for the noise and the times.
         """
-        noise = torch.randn(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
-        last = self.scheduler.config.num_train_timesteps
-        times = torch.randint(last, (len(latents),), generator=generator, device=latents.device)
         embeds = self.condition_spec.check(condition).tensors[EMBEDS].to(self.device, self.unet.dtype)
-        predicted = self.unet(self.add_noise(latents, noise, times), times, encoder_hidden_states=embeds).sample
-        return F.mse_loss(predicted.float(), self.target(latents, noise, times).float())
-
-    def encode(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Pixels float[B, 3, H, W] in [-1, 1] -> a sample of their latents, scaled: float[B, c, h, w]."""
-        with torch.no_grad():
-            posterior = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist
-            return posterior.sample(generator) * self.vae.config.scaling_factor
-
-    def add_noise(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        """The forward process at integer `times`: float[B, c, ...]."""
-        signal, sigma = self._signal_and_noise(times, latents)
-        return signal * latents + sigma * noise
-
-    def target(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        """What the UNet is trained to predict there: the noise, or the velocity (Salimans & Ho, arXiv:2202.00512)."""
-        kind = self.scheduler.config.prediction_type
-        if kind == "epsilon":
-            return noise
-        if kind == "v_prediction":
-            signal, sigma = self._signal_and_noise(times, latents)
-            return signal * noise - sigma * latents
-        raise ConfigError(f"prediction type '{kind}' has no training target here; known: epsilon, v_prediction")
-
-    def _signal_and_noise(self, times: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        kept = self.scheduler.alphas_cumprod.to(like.device)[times].to(like.dtype)
-        kept = kept.view(-1, *[1] * (like.ndim - 1))
-        return kept.sqrt(), (1 - kept).sqrt()
+        return self.prediction_loss(
+            lambda noisy, times: self.unet(noisy, times, encoder_hidden_states=embeds).sample, latents, generator
+        )
 
     def _latent_sides(self, height: int | None, width: int | None) -> tuple[int, int]:
         """(h, w) of the stated sides in pixels, or of the UNet's own."""
@@ -338,11 +294,6 @@ class LatentDiffusionGenerator(Generator):
                 f"height and width must be multiples of {self.factor} pixels, got {sides[0]} and {sides[1]}"
             )
         return sides[0] // self.factor, sides[1] // self.factor
-
-    def _noise(self, seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
-        """float[B, *shape], each sample from its own generator; drawn on the CPU, the same on every device."""
-        drawn = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        return torch.stack(drawn).to(self.device, self.unet.dtype)
 
 
 def read_shared(directory: Path) -> dict[str, str]:

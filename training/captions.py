@@ -8,6 +8,8 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import count
+from operator import mul
 from typing import Literal
 
 from anygen.training.icons import SCENES, TRAINED_STYLES, Concept
@@ -48,6 +50,18 @@ BACKGROUNDS: dict[str, str] = {f"on a {c} background": c for c in COLOURS} | {w:
 """Caption words -> colour or panorama; "an" for the vowel."""
 BACKGROUNDS["on an orange background"] = BACKGROUNDS.pop("on a orange background")
 _WORDS_OF = {background: words for words, background in BACKGROUNDS.items()}
+
+
+HELD_OUT_EVERY = 41
+"""Of the combinations that captions can state, the share kept for measuring: one in so many."""
+
+
+def keeps_out(key: str) -> bool:
+    """Whether the combination that `key` spells out is one of those.
+
+    A hash of the content, the same in every process, decides, so that every part of the system agrees.
+    """
+    return sum(map(mul, count(1), map(ord, key))) % HELD_OUT_EVERY == 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

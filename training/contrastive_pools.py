@@ -15,7 +15,7 @@ from anygen.encoders.imagebind_inputs import normalised
 from anygen.training.captions import with_article
 from anygen.training.icons import TRAINED_STYLES, Concept, IconSet
 from anygen.training.motion import MOTIONS, MotionSource, canonical_clip, random_shot, said_of_clip, varied_clip
-from anygen.training.sound_captions import Sound, canonical, said, varied
+from anygen.training.sound_captions import Sound, bare, canonical, said, varied
 from anygen.training.sound_mixing import SoundSource
 from anygen.training.sounds import SoundBank
 
@@ -117,9 +117,7 @@ class SoundMatches:
             for sound in batch.sounds:
                 stated = said(sound, bank, rng)
                 captions += [canonical(stated), varied(stated, rng)]
-                names.append(
-                    rng.choice([canonical(_bare(sound)), canonical(_bare(said(sound, bank, rng, left_open=0)))])
-                )
+                names.append(rng.choice([canonical(bare(sound)), canonical(bare(said(sound, bank, rng, left_open=0)))]))
                 things.append(sound.label)
         self.planes = torch.cat(planes)  # float16[N, 1, M, K]
         self.captions = words(captions).view(len(self.planes), 2, -1).to(device)
@@ -180,10 +178,6 @@ def clip_corpus(concepts: Sequence[Concept], seed: int) -> list[str]:
             shot = said_of_clip(random_shot(concept, rng.choice(TRAINED_STYLES), rng), concept, rng)
             texts.append(varied_clip(shot, rng))
     return texts
-
-
-def _bare(sound: Sound) -> Sound:
-    return Sound(kind=sound.kind, label=sound.label)
 
 
 def _bare_of(bank: SoundBank, label: str) -> Sound:

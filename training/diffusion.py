@@ -10,30 +10,29 @@ UNet; velocity target (arXiv:2202.00512), zero terminal signal-to-noise ratio (a
 
 import copy
 import random
-import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from anygen.config import Config
 from anygen.errors import ConfigError
 from anygen.generators.stable_diffusion import SamplingDefaults, StableDiffusionGenerator, TextConditioner
 from anygen.training.captions import canonical, caption_corpus, said, varied
 from anygen.training.icons import IconSet
+from anygen.training.latent_diffusion import (
+    CaptionTokens,
+    LatentDiffusionRecipe,
+    VelocityObjective,
+    build_scheduler,
+    disturbed,
+    fit,
+    replace_folder,
+)
 from anygen.training.loop import (
-    Alarm,
     AveragedWeights,
-    Pace,
-    Progress,
     RunLog,
-    bf16_on_gpu,
-    compiled,
     save_grid,
     start,
 )
@@ -42,7 +41,7 @@ from anygen.training.tokenizer import train_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DiffusionRecipe(Config):
+class DiffusionRecipe(LatentDiffusionRecipe):
     """Everything that decides the result."""
 
     icons: str
@@ -65,24 +64,7 @@ class DiffusionRecipe(Config):
     vocab_size: int = 4096
     pool: int = 200_000
     """Composed pictures that are encoded once and drawn from."""
-    batch_size: int = 512
-    steps: int = 16_000
-    minutes: float | None = None
-    learning_rate: float = 8e-4
-    decay: bool = True
-    """Lets the learning rate fall along a cosine; without, it stays at its peak, for another run to go on from."""
-    ema: float = 0.9995
-    caption_dropout: float = 0.1
-    condition_noise: float = 0.0
-    """Most noise on the text encoder's output, in its standard deviations; see `disturbed`."""
-    min_snr: float = 5.0
-    compile: bool = False
-    compile_mode: str = "default"
-    """`torch.compile`'s; "reduce-overhead" replays the step as a CUDA graph."""
-    checkpoint_minutes: float | None = None
-    """Writes the generator as it is so far, every so often."""
     sampling: SamplingDefaults = field(default_factory=lambda: SamplingDefaults(steps=16, guidance_scale=3.5))
-    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.freeze_text and self.start is None:
@@ -130,23 +112,6 @@ def build_text(recipe: DiffusionRecipe, icons: IconSet) -> TextConditioner:
     return TextConditioner(CLIPTextModel(config), tokenizer)
 
 
-def build_scheduler() -> Any:
-    """DPM-Solver++ over the scaled-linear schedule, rescaled so that the last step is pure noise."""
-    from diffusers import DPMSolverMultistepScheduler
-
-    return DPMSolverMultistepScheduler(
-        num_train_timesteps=1000,
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        prediction_type="v_prediction",
-        rescale_betas_zero_snr=True,
-        timestep_spacing="trailing",
-        steps_offset=1,  # without effect here; StableDiffusionPipeline warns of 0
-        final_sigmas_type="zero",
-    )
-
-
 def build_parts(recipe: DiffusionRecipe, icons: IconSet, vae: Any) -> tuple[Any, TextConditioner]:
     """The UNet and the text encoder to train, in float32: untrained, or those of `recipe.start`.
 
@@ -162,29 +127,6 @@ def build_parts(recipe: DiffusionRecipe, icons: IconSet, vae: Any) -> tuple[Any,
     if (drawn := generator.unet.config.in_channels) != latent_channels:
         raise ConfigError(f"{recipe.start} draws {drawn} latent channels, the autoencoder has {latent_channels}")
     return generator.unet, generator.text
-
-
-class CaptionTokens:
-    """Token ids of many captions at once: those of `TextConditioner.tokenize`, with little Python per caption."""
-
-    def __init__(self, text: TextConditioner) -> None:
-        """Copies the tokenizer's fast backend, whose settings a call through transformers would change."""
-        from tokenizers import Tokenizer
-
-        core: Any = text.tokenizer.backend_tokenizer  # type: ignore[attr-defined]
-        self.context = text.encoder.config.max_position_embeddings
-        self.padding = text.tokenizer.pad_token_id
-        self.backend = Tokenizer.from_str(core.to_str())
-        self.backend.no_padding()
-        self.backend.enable_truncation(self.context)
-
-    def __call__(self, captions: Sequence[str]) -> Tensor:
-        """int64[B, L], on the CPU."""
-        rows = [encoding.ids for encoding in self.backend.encode_batch_fast(captions)]
-        lengths = np.array([len(row) for row in rows])
-        ids = np.full((len(rows), self.context), self.padding)
-        ids[np.arange(self.context) < lengths[:, None]] = np.fromiter(chain.from_iterable(rows), np.int64)
-        return torch.from_numpy(ids)
 
 
 class LatentPool:
@@ -220,46 +162,15 @@ class LatentPool:
         return self.latents[rows].float(), torch.where(dropped, self.empty, tokens)
 
 
-def disturbed(embeds: Tensor, most: float) -> Tensor:
-    """Gaussian noise on a condition, as an output projector's estimate of it errs: float[B, L, C].
+class _Objective(VelocityObjective):
+    """With a `CLIPTextModel`."""
 
-    A sample's level is uniform in [0, most], in standard deviations of each position's channel over the batch: where
-    all captions agree, as at the start token, a projector does not err. Half of the variance is shared by the tokens
-    of a sample, half drawn for each.
-    """
-    level = most * torch.rand(len(embeds), 1, 1, device=embeds.device)
-    spread = embeds.detach().float().std(0, correction=0)
-    shared, own = torch.randn_like(embeds[:, :1]), torch.randn_like(embeds)
-    return embeds + level * spread * 0.5**0.5 * (shared + own)
-
-
-class _Objective(nn.Module):
-    """Text encoder, UNet and loss in one module, so that it compiles as one graph."""
-
-    def __init__(
-        self, unet: Any, text: Any, alphas_cumprod: Tensor, min_snr: float, condition_noise: float = 0.0
-    ) -> None:
-        super().__init__()
-        self.unet, self.text = unet, text
-        self.min_snr, self.condition_noise = min_snr, condition_noise
-        self.alphas_cumprod: Tensor
-        self.register_buffer("alphas_cumprod", alphas_cumprod.clone())
-
-    def forward(self, latents: Tensor, tokens: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        """The velocity loss, weighted by min(SNR, gamma) / (SNR + 1)."""
-        kept = self.alphas_cumprod[times][:, None, None, None]
-        signal, sigma = kept.sqrt(), (1 - kept).sqrt()
-        noisy = (signal * latents + sigma * noise).contiguous(memory_format=torch.channels_last)
+    def predict(self, noisy: Tensor, tokens: Tensor, times: Tensor) -> Tensor:
         embeds = self.text(input_ids=tokens).last_hidden_state
         if self.condition_noise:
             embeds = disturbed(embeds, self.condition_noise)
-        predicted = self.unet(noisy, times, encoder_hidden_states=embeds, return_dict=False)[0].float()
-        ratio = (kept / (1 - kept)).flatten()
-        weight = ratio.clamp(max=self.min_snr) / (ratio + 1)
-        # At pure noise the ratio is 0 and the weight would vanish, but there the velocity is all that sets the picture.
-        weight = weight.clamp(min=0.1)
-        squared = (predicted - (signal * noise - sigma * latents)).square().mean((1, 2, 3))
-        return (weight * squared).mean()
+        noisy = noisy.contiguous(memory_format=torch.channels_last)
+        return self.unet(noisy, times, encoder_hidden_states=embeds, return_dict=False)[0]
 
 
 def train(recipe: DiffusionRecipe, out: Path) -> dict[str, float]:
@@ -283,14 +194,8 @@ def train(recipe: DiffusionRecipe, out: Path) -> dict[str, float]:
     text.encoder.requires_grad_(not recipe.freeze_text)
     objective: Any = _Objective(unet, text.encoder, scheduler.alphas_cumprod, recipe.min_snr, recipe.condition_noise)
     objective = objective.to(device, memory_format=torch.channels_last)
-    parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     log.write(unet=sum(p.numel() for p in unet.parameters()), text=sum(p.numel() for p in text.encoder.parameters()))
-    optimizer: Any = torch.optim.AdamW(
-        parameters, lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=device.type == "cuda"
-    )
-    objective, optimizer = accelerator.prepare(objective, optimizer)
-    average = AveragedWeights(accelerator.unwrap_model(objective), recipe.ema)
-    step_fn = compiled(objective, recipe.compile_mode if recipe.compile else None)
+    average = AveragedWeights(objective, recipe.ema)
 
     def pack() -> StableDiffusionGenerator:
         conditioner = TextConditioner(average.module.text, text.tokenizer)
@@ -305,35 +210,22 @@ def train(recipe: DiffusionRecipe, out: Path) -> dict[str, float]:
             defaults=recipe.sampling,
         )
 
-    progress, pace, alarm = Progress(recipe.steps, recipe.minutes), Pace(), Alarm(recipe.checkpoint_minutes)
-    last = torch.zeros(())
-    while not progress.done:
-        for group in optimizer.param_groups:
-            group["lr"] = progress.learning_rate(recipe.learning_rate, warmup=300, decay=recipe.decay)
-        latents, tokens = pool.draw(recipe.batch_size, recipe.caption_dropout)
-        times = torch.randint(scheduler.config.num_train_timesteps, (len(latents),), device=device)
-        with bf16_on_gpu(device):
-            loss = step_fn(latents, tokens, torch.randn_like(latents), times)
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        average.update(accelerator.unwrap_model(objective), progress.step)
-        last = loss.detach().clone()
-        progress.step += 1
-        if progress.step % 250 == 0 or progress.done:
-            images = progress.step * recipe.batch_size
-            log.write(step=progress.step, loss=last.item(), images=images, images_per_second=pace.report(images))
-        if progress.step % 4000 == 0:
-            show(pack(), out / f"samples-{progress.step}.png", dtype)
-        if alarm.rings():
-            save_half(pack(), Path(recipe.vae), out / "generator")
-            log.write(checkpoint=True, step=progress.step)
-    generator = pack()
-    show(generator, out / "samples.png", dtype)
-    save_half(generator, Path(recipe.vae), out / "generator")
-    log.write(final=True, step=progress.step, loss=last.item())
-    return {"loss": last.item(), "steps": float(progress.step)}
+    def shown(step: int | None) -> None:
+        show(pack(), out / ("samples.png" if step is None else f"samples-{step}.png"), dtype)
+
+    return fit(
+        recipe,
+        accelerator,
+        objective,
+        average,
+        objective,
+        pool.draw,
+        log,
+        counted="images",
+        show=shown,
+        show_every=4000,
+        write=lambda: save_half(pack(), Path(recipe.vae), out / "generator"),
+    )
 
 
 SHOWN = (
@@ -363,15 +255,12 @@ def save_half(generator: StableDiffusionGenerator, vae: Path, out: Path) -> None
     """
     from diffusers import AutoencoderKL
 
-    fresh = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(fresh, ignore_errors=True)
-    StableDiffusionGenerator(
+    half = StableDiffusionGenerator(
         vae=AutoencoderKL.from_pretrained(vae, torch_dtype=torch.float16),
         unet=copy.deepcopy(generator.unet).half(),
         scheduler=generator.scheduler,
         unconditional=generator.unconditional.half(),
         text=TextConditioner(copy.deepcopy(generator.text.encoder).half(), generator.text.tokenizer),
         defaults=generator.defaults,
-    ).save_pretrained(fresh)
-    shutil.rmtree(out, ignore_errors=True)
-    fresh.rename(out)
+    )
+    replace_folder(half, out)

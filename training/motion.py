@@ -11,8 +11,7 @@ import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import count, islice
-from operator import mul
+from itertools import islice
 
 import numpy as np
 import torch
@@ -20,10 +19,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from anygen.errors import ConfigError
-from anygen.training.captions import COLOURS, Drawing, canonical, random_drawing, said, varied, with_article
+from anygen.training.captions import COLOURS, Drawing, canonical, keeps_out, random_drawing, said, varied, with_article
 from anygen.training.compose import NORMAL, Panoramas, make_backgrounds
 from anygen.training.icons import SCENES, Concept, IconSet
-from anygen.training.pictures import HELD_OUT_EVERY
 
 FRAMES, FPS = 16, 8.0
 
@@ -96,7 +94,7 @@ def is_held_out(shot: Shot, concept: int) -> bool:
     if shot.motion in (None, STILL, ANIMATED):
         return False
     key = f"{concept}|{shot.drawing.style}|{shot.motion}"
-    return sum(map(mul, count(1), map(ord, key))) % HELD_OUT_EVERY == 0
+    return keeps_out(key)
 
 
 def random_shot(concept: Concept, style: str, rng: random.Random, *, scenes: Sequence[str] = tuple(SCENES)) -> Shot:

@@ -3,19 +3,15 @@
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import count, islice
-from operator import mul
+from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from anygen.training.captions import Drawing, random_drawing
+from anygen.training.captions import Drawing, keeps_out, random_drawing
 from anygen.training.compose import Panoramas, compose, make_backgrounds
 from anygen.training.icons import IconSet
-
-HELD_OUT_EVERY = 41
-"""Of the (style, scene, layout) combinations, the share kept for measuring: one in so many."""
 
 
 def is_held_out(drawing: Drawing, concept: int) -> bool:
@@ -27,7 +23,7 @@ def is_held_out(drawing: Drawing, concept: int) -> bool:
     if drawing.count == 1 and not drawing.size and not drawing.place and drawing.background in (None, "white"):
         return False
     key = f"{concept}|{drawing.style}|{drawing.count}|{drawing.size}|{drawing.place}|{drawing.background}"
-    return sum(map(mul, count(1), map(ord, key))) % HELD_OUT_EVERY == 0
+    return keeps_out(key)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,11 +7,9 @@ people say the same.
 
 import random
 from dataclasses import dataclass, replace
-from itertools import count
-from operator import mul
 from typing import Literal
 
-from anygen.training.captions import with_article
+from anygen.training.captions import keeps_out, with_article
 from anygen.training.sounds import Effect, Instrument, Percussion, SoundBank
 
 Kind = Literal["music", "beat", "effect"]
@@ -19,8 +17,6 @@ Phrase = Literal["note", "rising", "falling", "arpeggio", "chord", "melody", "re
 Tempo = Literal["slow", "fast"]
 Pitch = Literal["low", "high"]
 
-HELD_OUT_EVERY = 41
-"""Of the combinations of source, phrase, tempo, pitch and background, the share kept for measuring: one in so many."""
 DRUM_KIT = "drum kit"
 """The one label of kind "beat" that is no stem's: bass drum, snare drum and hi-hat together."""
 
@@ -68,7 +64,7 @@ def is_held_out(sound: Sound) -> bool:
     if sound.tempo is None and sound.pitch is None and sound.behind is None:
         return False
     key = f"{sound.label}|{sound.phrase}|{sound.tempo}|{sound.pitch}|{sound.behind}"
-    return sum(map(mul, count(1), map(ord, key))) % HELD_OUT_EVERY == 0
+    return keeps_out(key)
 
 
 def canonical(sound: Sound) -> str:
@@ -81,6 +77,11 @@ def canonical(sound: Sound) -> str:
     if sound.phrase is None:
         return with_article(sound.label)
     return f"{with_article(sound.label)} playing {_played(sound, sound.tempo, sound.pitch)}"
+
+
+def bare(sound: Sound) -> Sound:
+    """Who or what sounds, and nothing more."""
+    return Sound(kind=sound.kind, label=sound.label)
 
 
 def varied(sound: Sound, rng: random.Random) -> str:

@@ -12,18 +12,13 @@ Shapes: B batch, L text tokens, c latent channels, t f sides of the latents.
 
 import copy
 import random
-import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from anygen.config import Config
 from anygen.errors import ConfigError
 from anygen.generators.audioldm2 import (
     EMBEDS,
@@ -35,15 +30,18 @@ from anygen.generators.audioldm2 import (
     SoundTokens,
 )
 from anygen.generators.mel import LogMel
-from anygen.training.diffusion import build_scheduler, disturbed
+from anygen.training.latent_diffusion import (
+    CaptionTokens,
+    LatentDiffusionRecipe,
+    VelocityObjective,
+    build_scheduler,
+    disturbed,
+    fit,
+    replace_folder,
+)
 from anygen.training.loop import (
-    Alarm,
     AveragedWeights,
-    Pace,
-    Progress,
     RunLog,
-    bf16_on_gpu,
-    compiled,
     save_grid,
     start,
 )
@@ -56,7 +54,7 @@ from anygen.training.vocoder import save_waves
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SoundDiffusionRecipe(Config):
+class SoundDiffusionRecipe(LatentDiffusionRecipe):
     """Everything that decides the result."""
 
     sounds: str
@@ -82,26 +80,11 @@ class SoundDiffusionRecipe(Config):
     vocab_size: int = 1200
     pool: int = 120_000
     """Clips that are composed and encoded once and drawn from."""
-    batch_size: int = 512
     steps: int = 12_000
-    minutes: float | None = None
     learning_rate: float = 1e-3
-    decay: bool = True
-    """Lets the learning rate fall along a cosine; without, it stays at its peak, for another run to go on from."""
-    ema: float = 0.9995
-    caption_dropout: float = 0.1
-    condition_noise: float = 0.0
-    """Most noise on both conditions, in their standard deviations; see `diffusion.disturbed`."""
-    min_snr: float = 5.0
-    compile: bool = False
-    compile_mode: str = "default"
-    """`torch.compile`'s; "reduce-overhead" replays the step as a CUDA graph."""
-    checkpoint_minutes: float | None = None
-    """Writes the generator as it is so far, every so often."""
     sampling: SoundDefaults = field(
         default_factory=lambda: SoundDefaults(steps=16, guidance_scale=3.0, seconds=SECONDS)
     )
-    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.freeze_text and self.start is None:
@@ -189,27 +172,6 @@ def build_parts(recipe: SoundDiffusionRecipe, bank: SoundBank, vae: Any) -> tupl
     return generator.unet, generator.text
 
 
-class SoundCaptionTokens:
-    """Token ids of many captions at once: those of `SoundText.tokenize`, with little Python per caption."""
-
-    def __init__(self, text: SoundText) -> None:
-        """Copies the tokenizer's fast backend, whose settings a call through transformers would change."""
-        from tokenizers import Tokenizer
-
-        self.context, self.padding = text.context, text.tokenizer.pad_token_id
-        self.backend = Tokenizer.from_str(text.tokenizer.backend_tokenizer.to_str())
-        self.backend.no_padding()
-        self.backend.enable_truncation(self.context)
-
-    def __call__(self, captions: Sequence[str]) -> Tensor:
-        """int64[B, L], on the CPU."""
-        rows = [encoding.ids for encoding in self.backend.encode_batch_fast(captions)]
-        lengths = np.array([len(row) for row in rows])
-        ids = np.full((len(rows), self.context), self.padding)
-        ids[np.arange(self.context) < lengths[:, None]] = np.fromiter(chain.from_iterable(rows), np.int64)
-        return torch.from_numpy(ids)
-
-
 def with_mask(ids: Tensor, end: int) -> SoundTokens:
     """Ids int64[B, L] whose captions are ended, and then padded, by the token `end` -> ids and mask."""
     ends = (ids == end).long()
@@ -220,7 +182,7 @@ class SoundLatentPool:
     """Composed clips as latents, each with two captions, on the training device."""
 
     def __init__(self, recipe: SoundDiffusionRecipe, source: SoundSource, vae: Any, text: SoundText) -> None:
-        rng, bank, tokenize = random.Random(recipe.seed + 1), source.bank, SoundCaptionTokens(text)
+        rng, bank, tokenize = random.Random(recipe.seed + 1), source.bank, CaptionTokens(text)
         log_mel = LogMel().to(source.device)
         latents: list[Tensor] = []
         tokens: list[Tensor] = []
@@ -247,40 +209,30 @@ class SoundLatentPool:
         return self.latents[rows].float(), torch.where(dropped, self.empty, tokens)
 
 
-class _Objective(nn.Module):
-    """Text side, UNet and loss in one module, so that it compiles as one graph."""
+class _Objective(VelocityObjective):
+    """With a `SoundText`."""
 
     def __init__(
         self, unet: Any, text: SoundText, alphas_cumprod: Tensor, min_snr: float, condition_noise: float = 0.0
     ) -> None:
-        super().__init__()
-        self.unet, self.text, self.end = unet, text, int(text.tokenizer.eos_token_id)
-        self.min_snr, self.condition_noise = min_snr, condition_noise
-        self.alphas_cumprod: Tensor
-        self.register_buffer("alphas_cumprod", alphas_cumprod.clone())
+        super().__init__(unet, text, alphas_cumprod, min_snr, condition_noise)
+        self.end = int(text.tokenizer.eos_token_id)
 
-    def forward(self, latents: Tensor, ids: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        """The velocity loss, weighted by min(SNR, gamma) / (SNR + 1), at least 0.1 (see `diffusion._Objective`)."""
-        kept = self.alphas_cumprod[times][:, None, None, None]
-        signal, sigma = kept.sqrt(), (1 - kept).sqrt()
-        tokens = with_mask(ids, self.end)
-        conditions = self.text(tokens)
+    def predict(self, noisy: Tensor, tokens: Tensor, times: Tensor) -> Tensor:
+        read = with_mask(tokens, self.end)
+        conditions = self.text(read)
         generated, embeds = conditions[GENERATED], conditions[EMBEDS]
         if self.condition_noise:
             generated = disturbed(generated, self.condition_noise)
-            embeds = disturbed(embeds, self.condition_noise) * tokens.mask[..., None]
-        predicted = self.unet(
-            signal * latents + sigma * noise,
+            embeds = disturbed(embeds, self.condition_noise) * read.mask[..., None]
+        return self.unet(
+            noisy,
             times,
             encoder_hidden_states=generated,
             encoder_hidden_states_1=embeds,
-            encoder_attention_mask_1=tokens.mask,
+            encoder_attention_mask_1=read.mask,
             return_dict=False,
-        )[0].float()
-        ratio = (kept / (1 - kept)).flatten()
-        weight = (ratio.clamp(max=self.min_snr) / (ratio + 1)).clamp(min=0.1)
-        squared = (predicted - (signal * noise - sigma * latents)).square().mean((1, 2, 3))
-        return (weight * squared).mean()
+        )[0]
 
 
 def train(recipe: SoundDiffusionRecipe, out: Path) -> dict[str, float]:
@@ -306,14 +258,8 @@ def train(recipe: SoundDiffusionRecipe, out: Path) -> dict[str, float]:
     text.requires_grad_(not recipe.freeze_text)
     objective: Any = _Objective(unet, text, scheduler.alphas_cumprod, recipe.min_snr, recipe.condition_noise)
     objective = objective.to(device)
-    parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     log.write(unet=sum(p.numel() for p in unet.parameters()), text=sum(p.numel() for p in text.parameters()))
-    optimizer: Any = torch.optim.AdamW(
-        parameters, lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=device.type == "cuda"
-    )
-    objective, optimizer = accelerator.prepare(objective, optimizer)
-    average = AveragedWeights(accelerator.unwrap_model(objective), recipe.ema)
-    step_fn = compiled(objective, recipe.compile_mode if recipe.compile else None)
+    average = AveragedWeights(objective, recipe.ema)
 
     def pack() -> AudioLDM2Generator:
         averaged: SoundText = average.module.text
@@ -329,35 +275,19 @@ def train(recipe: SoundDiffusionRecipe, out: Path) -> dict[str, float]:
             defaults=recipe.sampling,
         )
 
-    progress, pace, alarm = Progress(recipe.steps, recipe.minutes), Pace(), Alarm(recipe.checkpoint_minutes)
-    last = torch.zeros(())
-    while not progress.done:
-        for group in optimizer.param_groups:
-            group["lr"] = progress.learning_rate(recipe.learning_rate, warmup=300, decay=recipe.decay)
-        latents, ids = pool.draw(recipe.batch_size, recipe.caption_dropout)
-        times = torch.randint(scheduler.config.num_train_timesteps, (len(latents),), device=device)
-        with bf16_on_gpu(device):
-            loss = step_fn(latents, ids, torch.randn_like(latents), times)
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        average.update(accelerator.unwrap_model(objective), progress.step)
-        last = loss.detach().clone()
-        progress.step += 1
-        if progress.step % 250 == 0 or progress.done:
-            clips = progress.step * recipe.batch_size
-            log.write(step=progress.step, loss=last.item(), clips=clips, clips_per_second=pace.report(clips))
-        if progress.step % 4000 == 0:
-            show(pack(), out, f"samples-{progress.step}")
-        if alarm.rings():
-            save_half(pack(), recipe, out / "generator")
-            log.write(checkpoint=True, step=progress.step)
-    generator = pack()
-    show(generator, out, "samples")
-    save_half(generator, recipe, out / "generator")
-    log.write(final=True, step=progress.step, loss=last.item())
-    return {"loss": last.item(), "steps": float(progress.step)}
+    return fit(
+        recipe,
+        accelerator,
+        objective,
+        average,
+        objective,
+        pool.draw,
+        log,
+        counted="clips",
+        show=lambda step: show(pack(), out, "samples" if step is None else f"samples-{step}"),
+        show_every=4000,
+        write=lambda: save_half(pack(), recipe, out / "generator"),
+    )
 
 
 SHOWN = (
@@ -393,9 +323,7 @@ def save_half(generator: AudioLDM2Generator, recipe: SoundDiffusionRecipe, out: 
     from diffusers import AutoencoderKL
     from transformers import SpeechT5HifiGan
 
-    fresh = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(fresh, ignore_errors=True)
-    AudioLDM2Generator(
+    half = AudioLDM2Generator(
         vae=AutoencoderKL.from_pretrained(recipe.vae, torch_dtype=torch.float16),
         unet=copy.deepcopy(generator.unet).half(),
         vocoder=SpeechT5HifiGan.from_pretrained(recipe.vocoder, dtype=torch.float16),
@@ -403,6 +331,5 @@ def save_half(generator: AudioLDM2Generator, recipe: SoundDiffusionRecipe, out: 
         unconditional={name: row.half() for name, row in generator.unconditional.items()},
         text=copy.deepcopy(generator.text).half(),
         defaults=generator.defaults,
-    ).save_pretrained(fresh)
-    shutil.rmtree(out, ignore_errors=True)
-    fresh.rename(out)
+    )
+    replace_folder(half, out)

@@ -13,7 +13,6 @@ Shapes: B clips, F frames, L tokens, c latent channels, h w latent sides, S side
 
 import copy
 import random
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,23 +22,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from anygen.config import Config
 from anygen.errors import ConfigError
 from anygen.generators.latent import TextConditioner
 from anygen.generators.stable_diffusion import StableDiffusionGenerator
 from anygen.generators.zeroscope import ClipDefaults, ZeroscopeGenerator
 from anygen.training.animations import AnimationSource, load_animations
 from anygen.training.captions import canonical, said, varied
-from anygen.training.diffusion import CaptionTokens, build_scheduler, disturbed
 from anygen.training.icons import IconSet
+from anygen.training.latent_diffusion import (
+    CaptionTokens,
+    LatentDiffusionRecipe,
+    VelocityObjective,
+    build_scheduler,
+    disturbed,
+    fit,
+    replace_folder,
+)
 from anygen.training.loop import (
-    Alarm,
     AveragedWeights,
-    Pace,
-    Progress,
     RunLog,
-    bf16_on_gpu,
-    compiled,
     save_grid,
     start,
 )
@@ -51,7 +52,7 @@ HEAD = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class VideoDiffusionRecipe(Config):
+class VideoDiffusionRecipe(LatentDiffusionRecipe):
     """Everything that decides the result."""
 
     icons: str
@@ -83,22 +84,9 @@ class VideoDiffusionRecipe(Config):
     """Shares of moving, animated and still clips in a batch."""
     batch_size: int = 64
     steps: int = 8_000
-    minutes: float | None = None
     learning_rate: float = 5e-4
-    decay: bool = True
-    """Lets the learning rate fall along a cosine; without, it stays at its peak, for another run to go on from."""
     ema: float = 0.999
-    caption_dropout: float = 0.1
-    condition_noise: float = 0.0
-    """Most noise on the text encoder's output; see `diffusion.disturbed`."""
-    min_snr: float = 5.0
-    compile: bool = False
-    compile_mode: str = "default"
-    """`torch.compile`'s; "reduce-overhead" replays the step as a CUDA graph."""
-    checkpoint_minutes: float | None = None
-    """Writes the generator as it is so far, every so often."""
     sampling: ClipDefaults = field(default_factory=lambda: ClipDefaults(steps=12, guidance_scale=4.0, fps=FPS))
-    seed: int = 0
 
     def __post_init__(self) -> None:
         if min(self.mix) < 0 or abs(sum(self.mix) - 1) > 1e-6:
@@ -301,32 +289,15 @@ def shares_of(size: int, shares: Sequence[float]) -> list[int]:
     return [end - begin for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
-class _Objective(nn.Module):
-    """Frozen text encoder, UNet and loss in one module, so that it compiles as one graph."""
+class _Objective(VelocityObjective):
+    """With the image generator's frozen `CLIPTextModel`; latents are float[B, c, F, h, w]."""
 
-    def __init__(
-        self, unet: Any, text: Any, alphas_cumprod: Tensor, min_snr: float, condition_noise: float = 0.0
-    ) -> None:
-        super().__init__()
-        self.unet, self.text = unet, text
-        self.min_snr, self.condition_noise = min_snr, condition_noise
-        self.alphas_cumprod: Tensor
-        self.register_buffer("alphas_cumprod", alphas_cumprod.clone())
-
-    def forward(self, latents: Tensor, tokens: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        """The velocity loss of float[B, c, F, h, w], weighted by min(SNR, gamma) / (SNR + 1), at least 0.1."""
-        kept = self.alphas_cumprod[times][:, None, None, None, None]
-        signal, sigma = kept.sqrt(), (1 - kept).sqrt()
+    def predict(self, noisy: Tensor, tokens: Tensor, times: Tensor) -> Tensor:
         with torch.no_grad():
             embeds = self.text(input_ids=tokens).last_hidden_state
             if self.condition_noise:
                 embeds = disturbed(embeds, self.condition_noise)
-        noisy = signal * latents + sigma * noise
-        predicted = self.unet(noisy, times, encoder_hidden_states=embeds, return_dict=False)[0].float()
-        ratio = (kept / (1 - kept)).flatten()
-        weight = (ratio.clamp(max=self.min_snr) / (ratio + 1)).clamp(min=0.1)  # 0 at pure noise, as in `diffusion`
-        squared = (predicted - (signal * noise - sigma * latents)).square().mean((1, 2, 3, 4))
-        return (weight * squared).mean()
+        return self.unet(noisy, times, encoder_hidden_states=embeds, return_dict=False)[0]
 
 
 def train(recipe: VideoDiffusionRecipe, out: Path) -> dict[str, float]:
@@ -352,13 +323,7 @@ def train(recipe: VideoDiffusionRecipe, out: Path) -> dict[str, float]:
     objective: Any = _Objective(
         unet.train(), text, scheduler.alphas_cumprod, recipe.min_snr, recipe.condition_noise
     ).to(device)
-    parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
-    optimizer: Any = torch.optim.AdamW(
-        parameters, lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=device.type == "cuda"
-    )
-    objective, optimizer = accelerator.prepare(objective, optimizer)
-    average = AveragedWeights(accelerator.unwrap_model(objective).unet, recipe.ema)
-    step_fn = compiled(objective, recipe.compile_mode if recipe.compile else None)
+    average = AveragedWeights(objective.unet, recipe.ema)
 
     def pack() -> ZeroscopeGenerator:
         return ZeroscopeGenerator(
@@ -370,35 +335,22 @@ def train(recipe: VideoDiffusionRecipe, out: Path) -> dict[str, float]:
             defaults=recipe.sampling,
         )
 
-    progress, pace, alarm = Progress(recipe.steps, recipe.minutes), Pace(), Alarm(recipe.checkpoint_minutes)
-    last = torch.zeros(())
-    while not progress.done:
-        for group in optimizer.param_groups:
-            group["lr"] = progress.learning_rate(recipe.learning_rate, warmup=300, decay=recipe.decay)
-        latents, tokens = pool.draw(recipe.batch_size, recipe.caption_dropout)
-        times = torch.randint(scheduler.config.num_train_timesteps, (len(latents),), device=device)
-        with bf16_on_gpu(device):
-            loss = step_fn(latents, tokens, torch.randn_like(latents), times)
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        average.update(accelerator.unwrap_model(objective).unet, progress.step)
-        last = loss.detach().clone()
-        progress.step += 1
-        if progress.step % 250 == 0 or progress.done:
-            clips = progress.step * recipe.batch_size
-            log.write(step=progress.step, loss=last.item(), clips=clips, clips_per_second=pace.report(clips))
-        if progress.step % 2000 == 0:
-            show(pack(), out / f"clips-{progress.step}.png", dtype)
-        if alarm.rings():
-            save_half(pack(), Path(recipe.generator), out / "generator")
-            log.write(checkpoint=True, step=progress.step)
-    generator = pack()
-    show(generator, out / "clips.png", dtype)
-    save_half(generator, Path(recipe.generator), out / "generator")
-    log.write(final=True, step=progress.step, loss=last.item())
-    return {"loss": last.item(), "steps": float(progress.step)}
+    def shown(step: int | None) -> None:
+        show(pack(), out / ("clips.png" if step is None else f"clips-{step}.png"), dtype)
+
+    return fit(
+        recipe,
+        accelerator,
+        objective,
+        average,
+        objective.unet,
+        pool.draw,
+        log,
+        counted="clips",
+        show=shown,
+        show_every=2000,
+        write=lambda: save_half(pack(), Path(recipe.generator), out / "generator"),
+    )
 
 
 SHOWN = (
@@ -430,15 +382,12 @@ def save_half(generator: ZeroscopeGenerator, image: Path, out: Path) -> None:
     An earlier one in `out` is replaced when the new one is whole.
     """
     given = StableDiffusionGenerator.from_pretrained(image, dtype=torch.float16)
-    fresh = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(fresh, ignore_errors=True)
-    ZeroscopeGenerator(
+    half = ZeroscopeGenerator(
         vae=given.vae,
         unet=copy.deepcopy(generator.unet).half(),
         scheduler=generator.scheduler,
         unconditional=given.unconditional,
         text=given.text,
         defaults=generator.defaults,
-    ).save_pretrained(fresh)
-    shutil.rmtree(out, ignore_errors=True)
-    fresh.rename(out)
+    )
+    replace_folder(half, out)

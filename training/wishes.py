@@ -57,7 +57,7 @@ from anygen.training.phrases import (
     WHOLE_CLIP,
     WHOLE_SOUND,
 )
-from anygen.training.sound_captions import Sound, random_music, random_sound
+from anygen.training.sound_captions import Sound, bare, random_music, random_sound
 from anygen.training.sounds import SoundBank
 
 _WORDS_OF = {background: words for words, background in BACKGROUNDS.items()}
@@ -299,7 +299,7 @@ class SoundWishes(Wishes):
     def wish(self, rng: random.Random, *, plain: float = 0.45) -> Wish:
         sound = random_sound(self.bank, rng)
         if rng.random() < plain:
-            sound = _bare(sound)
+            sound = bare(sound)
         spoken = sound_captions.said(sound, self.bank, rng, left_open=0.0)
         words = sound_captions.canonical(spoken) if rng.random() < 0.4 else sound_captions.varied(spoken, rng)
         return Wish("audio", sound, re.sub(r"^(?:the )?sound of ", "", words))
@@ -320,7 +320,7 @@ class SoundWishes(Wishes):
         if content.kind == "music":  # the same phrase on another instrument
             wanted = replace(content, label=rng.choice(self.bank.instruments).name)
             return wanted, rng.choice(CHANGE_SOUND).format(x=with_article(wanted.label))
-        wanted = _bare(random_sound(self.bank, rng))
+        wanted = bare(random_sound(self.bank, rng))
         spoken = sound_captions.said(wanted, self.bank, rng, left_open=0.0)
         return wanted, rng.choice(CHANGE_SOUND).format(x=sound_captions.canonical(spoken))
 
@@ -333,9 +333,9 @@ class SoundWishes(Wishes):
         return wanted, rng.choice(CHANGE_SOUND).format(x=played)
 
     def question(self, content: Sound, rng: random.Random) -> tuple[str, str]:
-        bare = sound_captions.canonical(_bare(content))
+        thing = sound_captions.canonical(bare(content))
         if rng.random() < 0.6:
-            return rng.choice(NAME_SOUND), f"This is {bare}."
+            return rng.choice(NAME_SOUND), f"This is {thing}."
         return rng.choice(DESCRIBE_SOUND), f"This is {sound_captions.canonical(content)}."
 
 
@@ -360,11 +360,6 @@ def link(bank: SoundBank, concepts: Iterable[Concept]) -> tuple[dict[str, Sound]
             heard[concept.label] = found
             seen.setdefault(found.label, concept.label)
     return heard, seen
-
-
-def _bare(sound: Sound) -> Sound:
-    """Who or what sounds, and nothing more."""
-    return Sound(kind=sound.kind, label=sound.label)
 
 
 def _without_noun(words: str) -> str:

@@ -14,18 +14,16 @@ from anygen.errors import ConfigError
 from anygen.generators.stable_diffusion import EMBEDS, SamplingDefaults, StableDiffusionGenerator
 from anygen.training.captions import caption_corpus
 from anygen.training.diffusion import (
-    CaptionTokens,
     DiffusionRecipe,
     LatentPool,
     _Objective,
     build_parts,
-    build_scheduler,
     build_text,
     build_unet,
-    disturbed,
     train,
 )
 from anygen.training.icons import IconSet
+from anygen.training.latent_diffusion import CaptionTokens, build_scheduler, disturbed
 from anygen.training.losses import snr_weights
 from anygen.training.pictures import PictureSource
 

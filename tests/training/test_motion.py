@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from anygen.errors import ConfigError
-from anygen.training.captions import Drawing
+from anygen.training.captions import HELD_OUT_EVERY, Drawing
 from anygen.training.compose import Panoramas, compose, make_backgrounds
 from anygen.training.icons import TRAINED_STYLES, IconSet
 from anygen.training.measures import Names, foreground
@@ -35,7 +35,6 @@ from anygen.training.motion import (
     said_of_clip,
     varied_clip,
 )
-from anygen.training.pictures import HELD_OUT_EVERY
 
 CPU = torch.device("cpu")
 ROCKET = Drawing(label="rocket", style="flat", background="sky")

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from anygen.errors import ConfigError
-from anygen.training.captions import COLOURS, PLACES, Drawing
+from anygen.training.captions import COLOURS, HELD_OUT_EVERY, PLACES, Drawing
 from anygen.training.icons import TRAINED_STYLES, IconSet
-from anygen.training.pictures import HELD_OUT_EVERY, PicturePool, PictureSource, is_held_out, load_icons, turned
+from anygen.training.pictures import PicturePool, PictureSource, is_held_out, load_icons, turned
 
 
 def drawn(icons: IconSet, *, held_out: bool, batches: int = 12) -> set[tuple[Drawing, int]]:

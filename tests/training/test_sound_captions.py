@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 
+from anygen.training.captions import HELD_OUT_EVERY
 from anygen.training.sound_captions import (
     DRUM_KIT,
-    HELD_OUT_EVERY,
     PHRASES,
     PITCHES,
     TEMPI,

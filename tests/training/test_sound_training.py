@@ -14,9 +14,10 @@ from anygen.errors import ConfigError
 from anygen.generators.audioldm2 import EMBEDS, GENERATED, AudioLDM2Generator, SoundDefaults, text_mask
 from anygen.generators.mel import LogMel
 from anygen.training import sound_autoencoder, sound_diffusion, vocoder
+from anygen.training.latent_diffusion import CaptionTokens, build_scheduler
 from anygen.training.sound_autoencoder import SoundAutoencoderRecipe
 from anygen.training.sound_captions import caption_corpus
-from anygen.training.sound_diffusion import SoundCaptionTokens, SoundDiffusionRecipe, SoundLatentPool, with_mask
+from anygen.training.sound_diffusion import SoundDiffusionRecipe, SoundLatentPool, with_mask
 from anygen.training.sound_mixing import SoundPool, SoundSource
 from anygen.training.sounds import SoundBank
 from anygen.training.vocoder import VocoderRecipe
@@ -196,7 +197,7 @@ def test_a_vocoder_run_writes_one_that_speaks(vocoder_run: tuple[Path, dict[str,
 def test_captions_are_tokenised_as_one_by_one(bank: SoundBank) -> None:
     text = sound_diffusion.build_text(DIFFUSION, bank)
     captions = [*caption_corpus(bank, seed=9, number=50), "", "a flute playing " * 12]
-    ids = SoundCaptionTokens(text)(captions)
+    ids = CaptionTokens(text)(captions)
     tokens = text.tokenize(captions)
     assert torch.equal(ids, tokens.ids)
     assert torch.equal(with_mask(ids, text.tokenizer.eos_token_id).mask, tokens.mask)
@@ -205,7 +206,6 @@ def test_captions_are_tokenised_as_one_by_one(bank: SoundBank) -> None:
 def test_the_diffusion_objective_is_the_weighted_velocity_loss(bank: SoundBank) -> None:
     from diffusers import DDPMScheduler
 
-    from anygen.training.diffusion import build_scheduler
     from anygen.training.losses import snr_weights
 
     torch.manual_seed(0)
@@ -229,7 +229,6 @@ def test_the_diffusion_objective_is_the_weighted_velocity_loss(bank: SoundBank) 
 
 
 def test_unet_t5_projection_and_gpt2_all_learn(bank: SoundBank) -> None:
-    from anygen.training.diffusion import build_scheduler
 
     torch.manual_seed(0)
     text = sound_diffusion.build_text(DIFFUSION, bank)

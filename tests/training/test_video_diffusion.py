@@ -12,9 +12,10 @@ from anygen.errors import ConfigError
 from anygen.generators.latent import EMBEDS
 from anygen.generators.stable_diffusion import StableDiffusionGenerator
 from anygen.generators.zeroscope import ClipDefaults, ZeroscopeGenerator
-from anygen.training.diffusion import CaptionTokens, DiffusionRecipe, build_scheduler
+from anygen.training.diffusion import DiffusionRecipe
 from anygen.training.diffusion import build_unet as build_image_unet
 from anygen.training.icons import IconSet
+from anygen.training.latent_diffusion import CaptionTokens, build_scheduler
 from anygen.training.losses import snr_weights
 from anygen.training.motion import MotionSource
 from anygen.training.video_diffusion import (

@@ -1,0 +1,127 @@
+"""What every latent-diffusion generator does whatever its conditions are: noise, guided sampling, the training target.
+
+Source: Rombach et al. 2022 (arXiv:2112.10752); classifier-free guidance, Ho & Salimans 2022 (arXiv:2207.12598).
+Differs: each sample's noise is drawn from its own seed, so that a sample does not depend on its batch.
+Shapes: B batch; latents are float[B, c, ...].
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from anygen.errors import ConfigError
+from anygen.generators.base import Generator, StepCallback
+
+Predictor = Callable[[Tensor, Tensor], Tensor]
+"""(latents, time or times) -> what the UNet predicts."""
+
+
+class DenoisingGenerator(Generator):
+    """A generator with a VAE, a UNet and a noise schedule of diffusers."""
+
+    vae: Any
+    unet: Any
+    scheduler: Any
+    """Copied by `guided_sampling`, so that calls do not share state."""
+    defaults: Any
+    """With `steps` and `guidance_scale`, for calls that state none."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the UNet is."""
+        return self.unet.device
+
+    def guided_sampling(
+        self,
+        predictor: Callable[[bool], Predictor],
+        noise: Callable[[], Tensor],
+        samples: int,
+        seeds: Sequence[int],
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        on_step: StepCallback | None = None,
+    ) -> Tensor:
+        """The sampling loop: float[B, c, ...].
+
+        Args:
+            predictor: told whether the batch is guided, and then doubled with the unconditional half first, gives the
+                function that predicts for it.
+            noise: draws float[B, c, ...] of unit variance; called once all else is known to fit.
+            samples: B, the conditions.
+            seeds: those that `noise` draws from, to be counted.
+            steps: denoising steps.
+            guidance_scale: 1 or less switches guidance off, and halves the work.
+            on_step: called with (steps done, steps in all).
+
+        Raises:
+            ConfigError: there are no steps, or the seeds are not one a sample.
+        """
+        if len(seeds) != samples:
+            raise ConfigError(f"{samples} conditions need {samples} seeds, got {len(seeds)}")
+        steps = int(self.defaults.steps) if steps is None else steps
+        guidance = self.defaults.guidance_scale if guidance_scale is None else guidance_scale
+        if steps < 1:
+            raise ConfigError(f"steps must be at least 1, got {steps}")
+        scheduler = type(self.scheduler).from_config(self.scheduler.config)
+        scheduler.set_timesteps(steps, device=self.device)
+        latents = noise() * scheduler.init_noise_sigma
+        predict = predictor(guided := guidance > 1)
+        for step, time in enumerate(scheduler.timesteps):
+            predicted = predict(
+                scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, time), time
+            )
+            if guided:
+                without, with_text = predicted.chunk(2)
+                predicted = without + guidance * (with_text - without)
+            latents = scheduler.step(predicted, time, latents, return_dict=False)[0]
+            if on_step is not None:
+                on_step(step + 1, steps)
+        return latents
+
+    def prediction_loss(self, predict: Predictor, latents: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Mean squared error of predictions for float[B, c, ...] at random times.
+
+        Args:
+            predict: the UNet with its conditions, into which gradients flow.
+            latents: scaled as the UNet wants them.
+            generator: for the noise and the times.
+        """
+        noise = torch.randn(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
+        last = self.scheduler.config.num_train_timesteps
+        times = torch.randint(last, (len(latents),), generator=generator, device=latents.device)
+        predicted = predict(self.add_noise(latents, noise, times), times)
+        return F.mse_loss(predicted.float(), self.target(latents, noise, times).float())
+
+    def encode(self, values: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """What the VAE reads, float[B, C, H, W] -> a sample of its latents, scaled: float[B, c, h, w]."""
+        with torch.no_grad():
+            posterior = self.vae.encode(values.to(self.device, self.vae.dtype)).latent_dist
+            return posterior.sample(generator) * self.vae.config.scaling_factor
+
+    def add_noise(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        """The forward process at integer `times`: float[B, c, ...]."""
+        signal, sigma = self._signal_and_noise(times, latents)
+        return signal * latents + sigma * noise
+
+    def target(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        """What the UNet is trained to predict there: the noise, or the velocity (Salimans & Ho, arXiv:2202.00512)."""
+        kind = self.scheduler.config.prediction_type
+        if kind == "epsilon":
+            return noise
+        if kind == "v_prediction":
+            signal, sigma = self._signal_and_noise(times, latents)
+            return signal * noise - sigma * latents
+        raise ConfigError(f"prediction type '{kind}' has no training target here; known: epsilon, v_prediction")
+
+    def _signal_and_noise(self, times: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        kept = self.scheduler.alphas_cumprod.to(like.device)[times].to(like.dtype)
+        kept = kept.view(-1, *[1] * (like.ndim - 1))
+        return kept.sqrt(), (1 - kept).sqrt()
+
+    def _noise(self, seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
+        """float[B, *shape], each sample from its own generator; drawn on the CPU, the same on every device."""
+        drawn = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        return torch.stack(drawn).to(self.device, self.unet.dtype)
