@@ -467,6 +467,7 @@ def train(recipe: InstructionRecipe, out: Path) -> dict[str, float]:
         save_strategy="no",
         report_to=[],
         logging_steps=200,
+        logging_nan_inf_filter=False,  # looking for NaN waits for the GPU at every step
         seed=recipe.seed,
         disable_tqdm=True,
     )
