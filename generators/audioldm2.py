@@ -33,7 +33,7 @@ from anygen.errors import CheckpointError, ConfigError
 from anygen.features import Condition, ConditionSpec
 from anygen.generators.base import StepCallback
 from anygen.generators.denoising import DenoisingGenerator, Predictor
-from anygen.generators.latent import SamplingDefaults
+from anygen.generators.latent import SamplingDefaults, save_part
 from anygen.generators.mel import LogMel, MelConfig, faded, levelled
 from anygen.progress import quiet_libraries
 
@@ -252,13 +252,13 @@ class AudioLDM2Generator(DenoisingGenerator):
         from safetensors.torch import save_file
 
         directory, text = Path(directory), self.text
-        self.vae.save_pretrained(directory / "vae", max_shard_size=SHARD)
-        self.unet.save_pretrained(directory / "unet", max_shard_size=SHARD)
+        save_part(self.vae, directory / "vae")
+        save_part(self.unet, directory / "unet")
         self.vocoder.save_pretrained(directory / "vocoder", max_shard_size=SHARD)
         self.scheduler.save_pretrained(directory / "scheduler")
         text.sequence.save_pretrained(directory / "text_encoder_2", max_shard_size=SHARD)
         text.tokenizer.save_pretrained(directory / "tokenizer_2")
-        text.projection.save_pretrained(directory / "projection_model", max_shard_size=SHARD)
+        save_part(text.projection, directory / "projection_model")
         text.language_model.save_pretrained(directory / "language_model", max_shard_size=SHARD)
         if text.clap is not None:
             text.clap.save_pretrained(directory / "text_encoder", max_shard_size=SHARD)
@@ -266,11 +266,6 @@ class AudioLDM2Generator(DenoisingGenerator):
         empty = {name: row.contiguous().cpu() for name, row in self.unconditional.items()}
         save_file(empty, directory / "unconditional.safetensors")
         self.defaults.save(directory / "sampling.json")
-        for part in ("vae", "unet", "projection_model"):  # diffusers notes the directory that a part was loaded from
-            config = directory / part / "config.json"
-            known = json.loads(config.read_text(encoding="utf-8"))
-            known.pop("_name_or_path", None)
-            config.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
         absent = [None, None]
         index = {
             "_class_name": "AudioLDM2Pipeline",

@@ -179,8 +179,8 @@ class LatentDiffusionGenerator(DenoisingGenerator):
         if absent := [path for path in shared.values() if not (directory / path).is_dir()]:
             raise ConfigError(f"shared parts: there is no folder {directory / absent[0]}")
         if "vae" not in shared:
-            self.vae.save_pretrained(directory / "vae", max_shard_size=SHARD)
-        self.unet.save_pretrained(directory / "unet", max_shard_size=SHARD)
+            save_part(self.vae, directory / "vae")
+        save_part(self.unet, directory / "unet")
         self.scheduler.save_pretrained(directory / "scheduler")
         if "text_encoder" not in shared:
             self.text.encoder.save_pretrained(directory / "text_encoder", max_shard_size=SHARD)
@@ -188,11 +188,6 @@ class LatentDiffusionGenerator(DenoisingGenerator):
             self.text.tokenizer.save_pretrained(directory / "tokenizer")
         save_file({EMBEDS: self.unconditional.contiguous().cpu()}, directory / "unconditional.safetensors")
         self.defaults.save(directory / "sampling.json")
-        for part in {"vae", "unet"} - set(shared):  # diffusers notes the directory that a part was loaded from
-            config = directory / part / "config.json"
-            known = json.loads(config.read_text(encoding="utf-8"))
-            known.pop("_name_or_path", None)
-            _write_json(config, known)
         if shared:
             _write_json(directory / SHARED, shared)
             return  # an index would promise diffusers parts that are not in this folder
@@ -326,6 +321,15 @@ def check_shared(shared: object) -> None:
 def to_uint8(pixels: Tensor) -> list[Any]:
     """float[B, 3, H, W] in [0, 1] -> B arrays uint8[H, W, 3]."""
     return list((pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
+
+
+def save_part(part: Any, directory: Path) -> None:
+    """Saves a diffusers model in shards, without the directory that it was loaded from, which diffusers would note."""
+    part.save_pretrained(directory, max_shard_size=SHARD)
+    config = directory / "config.json"
+    known = json.loads(config.read_text(encoding="utf-8"))
+    known.pop("_name_or_path", None)
+    _write_json(config, known)
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

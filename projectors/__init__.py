@@ -7,6 +7,7 @@ COMPONENTS: dict[str, dict[str, str]] = {
     "input_projector": {
         "linear": "anygen.projectors.input:LinearProjector",
         "mlp": "anygen.projectors.input:MLPProjector",
+        "memory": "anygen.projectors.input:MemoryProjector",
     },
     "output_projector": {
         "text_fc": "anygen.projectors.output:TextFcLayer",

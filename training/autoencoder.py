@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from anygen.config import Config
+from anygen.generators.latent import save_part
 from anygen.training.loop import AveragedWeights, Pace, Progress, RunLog, bf16_on_gpu, compiled, save_grid, start
 from anygen.training.pictures import PicturePool, PictureSource, load_icons, turned
 
@@ -156,7 +157,7 @@ def train(recipe: AutoencoderRecipe, out: Path) -> dict[str, float]:
     if recipe.freeze_encoder:
         figures["scaling_factor"] = vae.config.scaling_factor
     average.module.register_to_config(scaling_factor=figures["scaling_factor"])
-    average.module.half().save_pretrained(out / "vae", max_shard_size="15MB")
+    save_part(average.module.half(), out / "vae")
     log.write(final=True, step=progress.step, **figures)
     return figures
 

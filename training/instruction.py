@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from anygen.component import load_strict
 from anygen.config import Config
 from anygen.encoders.imagebind import ImageBindEncoder
 from anygen.encoders.imagebind_inputs import normalised
@@ -37,6 +38,7 @@ from anygen.model_config import (
     SourceConfig,
     SourcedPartConfig,
 )
+from anygen.projectors.input import MemoryProjector
 from anygen.registry import lookup
 from anygen.signal_tokens import WORDS
 from anygen.training.contrastive import augment
@@ -44,6 +46,7 @@ from anygen.training.icons import IconSet
 from anygen.training.loop import Pace, Progress, RunLog
 from anygen.training.losses import AlignmentConfig
 from anygen.training.magpie import self_answers
+from anygen.training.naming import meet_names, name_embeddings
 from anygen.training.packing import PackedBatches, PackedDecoder, block_mask, rows_of, segments_of
 from anygen.training.pictures import PictureSource, load_icons
 from anygen.training.requests import Conversations, Seen, self_prompts
@@ -79,8 +82,14 @@ class InstructionRecipe(Config):
     pool: int = 60_000
     """Pictures that are encoded once and asked about."""
     feature_noise: float = 0.5
-    """Each picture's features get Gaussian noise of up to so much of their own size, so that the LLM reads a picture
-    whose style it has not seen by what is near it."""
+    """Each picture's features get Gaussian noise of up to so much of the pool's own deviation, so that the LLM reads a
+    picture whose style it has not seen by what is near it. Source: CapDec (arXiv:2211.00575), for texts."""
+    input_width: int = 768
+    """Of the input projector's hidden layer."""
+    name_steps: int = 2000
+    """Steps in which the input projector first meets the LLM's own embeddings of the names of what is shown."""
+    renew: tuple[str, ...] = ()
+    """Parts that are not taken from `start`, but made and trained anew."""
     answers: int = 1024
     """Plain questions that the LLM answers once, for conversations that go on after its answer."""
     prompt_tokens: int = 4
@@ -121,12 +130,22 @@ class Pool:
     features: Tensor
     """float[P, 1, C]."""
     shown: list[Seen]
+    concepts: Tensor
+    """long[P], the numbers of the concepts shown."""
+
+
+@torch.no_grad()
+def text_features(directory: str, texts: Sequence[str]) -> Tensor:
+    """float32[K, C], what the trained ImageBind makes of texts."""
+    encoder = ImageBindEncoder.from_pretrained(directory, modality="text").float()
+    rows = [encoder(**encoder.preprocess(texts[row : row + 256])).values[:, 0] for row in range(0, len(texts), 256)]
+    return torch.cat(rows)
 
 
 @torch.no_grad()
 def encode_pictures(source: PictureSource, encoder: ImageBindEncoder, count: int) -> Pool:
     """Composes `count` pictures, half of them with the contrastive stage's augmentation, and encodes them."""
-    features, shown = [], []
+    features, shown, icons = [], [], list[int]()
     size = min(256, count)
     batches = source.batches(size)
     for number in range(max(1, count // size)):
@@ -134,7 +153,8 @@ def encode_pictures(source: PictureSource, encoder: ImageBindEncoder, count: int
         pixels = augment(batch.pixels) if number % 2 else batch.pixels
         features.append(encoder(inputs=normalised(pixels)).values.float().cpu())
         shown += [Seen("image", len(shown) + row, drawing) for row, drawing in enumerate(batch.drawings)]
-    return Pool(torch.cat(features), shown)
+        icons += list(batch.icons)
+    return Pool(torch.cat(features), shown, source.icons.concept[icons].long().cpu())
 
 
 class Examples:
@@ -174,7 +194,9 @@ class Collator:
     """
 
     def __init__(self, features: Mapping[str, Tensor], generators: Mapping[str, Generator], width: int) -> None:
-        self.features, self.generators, self.width = features, generators, width
+        self.features, self.width = features, width
+        # Taken here, since text encoders are loaded when first asked for, and a forked worker cannot reach the GPU.
+        self.texts = {modality: cast(Any, generator).text for modality, generator in generators.items()}
 
     def __call__(self, rows: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
         """Rows of examples -> `input_ids`, `labels`, `segments`, `position_ids`; `media` and `captions` by modality."""
@@ -194,13 +216,13 @@ class Collator:
             "segments": segments,
             "position_ids": places,
             "media": {modality: self.features[modality][numbers] for modality, numbers in media.items()},
-            "captions": {name: caption_tokens(self.generators[name], texts) for name, texts in captions.items()},
+            "captions": {name: caption_tokens(self.texts[name], said) for name, said in captions.items()},
         }
 
 
-def caption_tokens(generator: Any, captions: Sequence[str]) -> dict[str, Tensor]:
-    """B captions -> the token ids that the generator's text encoder reads, by name, on the CPU."""
-    tokens = generator.text.tokenize(captions)
+def caption_tokens(text: Any, captions: Sequence[str]) -> dict[str, Tensor]:
+    """B captions -> the token ids that a generator's text encoder reads, by name, on the CPU."""
+    tokens = text.tokenize(captions)
     return {"ids": tokens} if isinstance(tokens, Tensor) else {"ids": tokens.ids, "mask": tokens.mask}
 
 
@@ -225,12 +247,14 @@ class InstructionTrainer(Trainer):
         self,
         *args: Any,
         generators: Mapping[str, Generator],
+        deviations: Mapping[str, Tensor],
         recipe: InstructionRecipe,
         log: RunLog,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.generators, self.recipe, self.log_file = generators, recipe, log
+        self.deviations = {name: spread.to(self.args.device) for name, spread in deviations.items()}
         graph = recipe.compile  # both pay off together
         self.decoder = PackedDecoder(self.model.llm, bf16=recipe.bf16, compile=recipe.compile, graph=graph)  # type: ignore[union-attr]
         self.pace = Pace()
@@ -241,7 +265,10 @@ class InstructionTrainer(Trainer):
         """The model's own losses, over the states that the packed decoder makes."""
         ids = inputs["input_ids"]
         with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=self.recipe.bf16):
-            media = {name: noisy(seen, self.recipe.feature_noise) for name, seen in inputs["media"].items()}
+            media = {
+                name: noisy(seen, self.recipe.feature_noise * self.deviations[name])
+                for name, seen in inputs["media"].items()
+            }
             embeds = model.embed(ids, media)
             conditions = {
                 name: caption_targets(self.generators[name], tokens) for name, tokens in inputs["captions"].items()
@@ -303,10 +330,10 @@ class Watch(TrainerCallback):
         return control
 
 
-def noisy(features: Tensor, most: float) -> Tensor:
-    """float[M, T, C] with Gaussian noise; a picture's level is uniform in [0, most] of its features' own size."""
-    level = most * torch.rand(len(features), 1, 1, device=features.device)
-    return features + level * features.square().mean((1, 2), keepdim=True).sqrt() * torch.randn_like(features)
+def noisy(features: Tensor, most: Tensor) -> Tensor:
+    """float[M, T, C] with Gaussian noise; a medium's level is uniform in [0, most], `most` float[C]."""
+    level = torch.rand(len(features), 1, 1, device=features.device)
+    return features + level * most * torch.randn_like(features)
 
 
 def attention_metric(unet: Any, floor: float = 0.1) -> Tensor:
@@ -327,10 +354,17 @@ def attention_metric(unet: Any, floor: float = 0.1) -> Tensor:
     return vectors * values.clamp(min=0).sqrt()
 
 
-def build(recipe: InstructionRecipe, llm: LLM, generators: Mapping[str, Generator], feature_dim: int) -> AnyGenModel:
-    """The model with fresh projectors, signal rows and adapter; its parts are named as anygen-mini ships them."""
-    from peft import LoraConfig
+def settings(
+    recipe: InstructionRecipe, generators: Mapping[str, Generator], feature_dim: int, memories: int
+) -> AnyGenConfig:
+    """The parts of anygen-mini, named as it ships them.
 
+    Args:
+        recipe: their sizes.
+        generators: output modality -> generator.
+        feature_dim: the encoder's.
+        memories: names that the input projector remembers.
+    """
     inputs = {
         "image": InputConfig(
             encoder=SourcedPartConfig(
@@ -340,7 +374,10 @@ def build(recipe: InstructionRecipe, llm: LLM, generators: Mapping[str, Generato
             ),
             feature_dim=feature_dim,
             slots=recipe.prompt_tokens,
-            projector=PartConfig(name="mlp", options={"tokens": recipe.prompt_tokens}),
+            projector=PartConfig(
+                name="memory",
+                options={"memories": memories, "tokens": recipe.prompt_tokens, "width": recipe.input_width},
+            ),
         )
     }
     width, layers = recipe.projector_width, recipe.projector_layers
@@ -354,7 +391,7 @@ def build(recipe: InstructionRecipe, llm: LLM, generators: Mapping[str, Generato
         )
         for modality, generator in generators.items()
     }
-    config = AnyGenConfig(
+    return AnyGenConfig(
         name="anygen-mini",
         llm=SourceConfig(repo="smollm2-135m-instruct"),
         modalities={
@@ -362,9 +399,30 @@ def build(recipe: InstructionRecipe, llm: LLM, generators: Mapping[str, Generato
             for modality in dict.fromkeys([*inputs, *outputs])
         },
     )
+
+
+def build(recipe: InstructionRecipe, config: AnyGenConfig, llm: LLM) -> AnyGenModel:
+    """The model with fresh projectors, signal rows and adapter."""
+    from peft import LoraConfig
+
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     llm.add_adapter(LoraConfig(r=recipe.lora_rank, lora_alpha=recipe.lora_alpha, target_modules=targets))
     return AnyGenModel(config, llm).initialize(seed=recipe.seed)
+
+
+def renewed(recipe: InstructionRecipe, config: AnyGenConfig, model: AnyGenModel) -> AnyGenModel:
+    """The model with the parts of `recipe.renew` made anew, as `config` has them; the others are kept.
+
+    Raises:
+        ConfigError: it is not projectors that are to be made anew, or what is kept has other sizes in `config`.
+    """
+    if unknown := sorted(set(recipe.renew) - {"input_projectors", "output_projectors"}):
+        raise ConfigError(f"only input_projectors and output_projectors can be made anew, not {', '.join(unknown)}")
+    fresh = AnyGenModel(config, model.llm)
+    for name in ("signal_tokens", "input_projectors", "output_projectors"):
+        if name not in recipe.renew:
+            load_strict(getattr(fresh, name), getattr(model, name).state_dict(), f"{recipe.start}: {name}")
+    return fresh
 
 
 def freeze_others(model: AnyGenModel, trains: Sequence[str]) -> None:
@@ -426,13 +484,24 @@ def train(recipe: InstructionRecipe, out: Path) -> dict[str, float]:
     pool = encode_pictures(PictureSource(icons, seed=recipe.seed + 3, device=device), encoder, recipe.pool)
     wishes = wishes_of(recipe, icons)
     dtype, llm_directory = torch.bfloat16 if recipe.bf16 else torch.float32, hub.resolve(recipe.llm)
+    config = settings(recipe, generators, encoder.feature_dim, len(icons.concepts))
     if recipe.start is not None:
         model = AnyGenModel.from_pretrained(
             recipe.start, dtype=dtype, device=device, encoders=False, resolve=lambda _: llm_directory
         )
+        if recipe.renew:
+            model = renewed(recipe, config, model).to(device)
     else:
-        llm = LLM.from_pretrained(llm_directory, dtype=dtype, device=device)
-        model = build(recipe, llm, generators, encoder.feature_dim).to(device)
+        model = build(recipe, config, LLM.from_pretrained(llm_directory, dtype=dtype, device=device)).to(device)
+    deviation = pool.features.std((0, 1))
+    if recipe.start is None or "input_projectors" in recipe.renew:
+        projector = cast(MemoryProjector, model.input_projectors["image"])
+        labels = [concept.label for concept in icons.concepts]
+        projector.remember(text_features(recipe.encoder, labels).to(device), pool.features[:, 0].to(device))
+        names = name_embeddings(model.llm, labels, recipe.prompt_tokens)
+        noise = (recipe.feature_noise * deviation).to(device)
+        met = meet_names(projector, pool.features, pool.concepts, names, noise=noise, steps=recipe.name_steps)
+        log.write(names=len(labels), **met)
     model.alignment = AlignmentConfig(mse=1.0)
     model.alignment_weight = recipe.alignment_weight
     for modality, generator in generators.items():
@@ -478,6 +547,7 @@ def train(recipe: InstructionRecipe, out: Path) -> dict[str, float]:
         data_collator=_only,
         callbacks=[Watch(recipe, out / "model")],
         generators=generators,
+        deviations={"image": deviation},
         recipe=recipe,
         log=log,
     )

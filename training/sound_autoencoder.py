@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from anygen.config import Config
+from anygen.generators.latent import save_part
 from anygen.generators.mel import LogMel
 from anygen.training.loop import AveragedWeights, Pace, Progress, RunLog, bf16_on_gpu, compiled, save_grid, start
 from anygen.training.sound_mixing import SoundPool, SoundSource
@@ -142,7 +143,7 @@ def train(recipe: SoundAutoencoderRecipe, out: Path) -> dict[str, float]:
             )
     figures = measure(average.module, SoundSource(bank, seed=1, device=device, held_out=True), out)
     average.module.register_to_config(scaling_factor=figures["scaling_factor"])
-    average.module.half().save_pretrained(out / "vae", max_shard_size="15MB")
+    save_part(average.module.half(), out / "vae")
     log.write(final=True, step=progress.step, **figures)
     return figures
 

@@ -14,13 +14,14 @@ SPECS = [
     ConditionSpec(shapes={"prompt_embeds": (5, 8)}),
     ConditionSpec(shapes={"generated_prompt_embeds": (2, 4), "prompt_embeds": (3, 6)}),
 ]
+SMALL_INPUT = {"memory": {"memories": 5, "width": 8}}
 SMALL = {"text_fc": {"width": 16, "heads": 2, "ffn": 16}, "mlp": {"width": 16}}
 
 
 def make_input(name: str) -> InputProjector:
     torch.manual_seed(0)
     cls = lookup("input_projector", name)
-    return cls(cls.config_class.from_dict({}), feature_dim=6, llm_dim=12).eval()
+    return cls(cls.config_class.from_dict(SMALL_INPUT.get(name, {})), feature_dim=6, llm_dim=12).eval()
 
 
 def make_output(name: str, spec: ConditionSpec) -> OutputProjector:

@@ -88,6 +88,7 @@ def test_a_frozen_encoder_keeps_the_latents(
     frozen = {key for key in a if torch.equal(a[key], b[key])}
     assert {key for key in a if key.startswith(("encoder.", "quant_conv."))} <= frozen
     assert not torch.equal(a["decoder.conv_in.weight"], b["decoder.conv_in.weight"])
+    assert str(before) not in (tmp_path / "vae" / "config.json").read_text()
 
 
 def test_a_compiled_run_trains(icons_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,3 +1,4 @@
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -6,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from anygen.encoders.imagebind import ImageBindEncoder
-from anygen.encoders.imagebind_config import ImageBindConfig, VisionConfig
+from anygen.encoders.imagebind import ImageBindEncoder, ImageBindModel
+from anygen.encoders.imagebind_config import ImageBindConfig, TextConfig, VisionConfig
 from anygen.errors import CheckpointError, ConfigError
 from anygen.generators.stable_diffusion import EMBEDS, StableDiffusionGenerator
 from anygen.manifest import verify
@@ -22,6 +23,7 @@ from anygen.training.magpie import self_answers
 from anygen.training.packing import PackedBatches, PackedDecoder, block_mask
 from anygen.training.pictures import PictureSource
 from anygen.training.requests import Conversations, Seen
+from anygen.training.tokenizer import train_tokenizer
 from anygen.training.wishes import ImageWishes
 
 if TYPE_CHECKING:
@@ -40,8 +42,15 @@ def parts(
     """Directories of all that the recipe needs, at tiny size."""
     out = tmp_path_factory.mktemp("parts")
     torch.manual_seed(0)
-    config = ImageBindConfig(out_dim=16, vision=VisionConfig(width=16, blocks=1, heads=2, image_size=32, patch=16))
-    ImageBindEncoder(config, modality="image").save_pretrained(out / "imagebind")
+    config = ImageBindConfig(
+        out_dim=16,
+        vision=VisionConfig(width=16, blocks=1, heads=2, image_size=32, patch=16),
+        text=TextConfig(width=16, blocks=1, heads=2, vocab_size=300, context_length=16),
+    )
+    ImageBindModel(config).save_pretrained(out / "imagebind")
+    words = [concept.label for concept in IconSet.load(icons_dir).concepts]
+    tokenizer = train_tokenizer(words, vocab_size=300, context=16).backend_tokenizer
+    tokenizer.save(str(out / "imagebind" / "tokenizer.json"))
     tiny_llm(max_position_embeddings=2048).save_base(out / "llm")
     return {
         "icons": str(icons_dir),
@@ -62,6 +71,7 @@ def recipe(parts: Parts, **changes: Any) -> instruction.InstructionRecipe:
         row_tokens=256,
         chunk=2,
         steps=3,
+        name_steps=2,
         bf16=False,
     )
     return instruction.InstructionRecipe(**(parts | settings | changes))
@@ -94,6 +104,39 @@ def test_a_run_can_go_on_from_another(run: Path, parts: Parts, tmp_path: Path) -
     after = load_file(tmp_path / "model" / "projectors.safetensors")
     moved = {key: (after[key].float() - before[key].float()).abs().max().item() for key in before}
     assert max(moved.values()) > 0 and max(moved.values()) < 0.1
+
+
+def test_a_projector_made_anew_takes_nothing_from_the_start(run: Path, parts: Parts, tmp_path: Path) -> None:
+    changes = dict(start=str(run / "model"), renew=("input_projectors",), trains=("input_projectors",), input_width=24)
+    instruction.train(recipe(parts, **changes, steps=1, mixture={"ask": 1.0}), tmp_path)
+    before, after = (load_file(folder / "model" / "projectors.safetensors") for folder in (run, tmp_path))
+    changed = {key for key in after if key not in before or before[key].shape != after[key].shape}
+    assert changed == {"input.image.proj.0.bias", "input.image.proj.0.weight", "input.image.proj.2.weight"}
+    assert all(torch.equal(before[key], after[key]) for key in before if key.startswith("output."))
+    with pytest.raises(ConfigError, match="only input_projectors and output_projectors can be made anew, not llm"):
+        instruction.train(recipe(parts, start=str(run / "model"), renew=("llm",)), tmp_path)
+
+
+def test_a_new_input_projector_remembers_what_the_text_encoder_makes_of_the_names(
+    run: Path, parts: Parts, icons: IconSet
+) -> None:
+    projector = load(run, parts).input_projectors["image"]
+    texts = ImageBindEncoder.from_pretrained(parts["encoder"], modality="text")
+    with torch.no_grad():
+        wanted = texts(**texts.preprocess([concept.label for concept in icons.concepts])).values[:, 0]
+    torch.testing.assert_close(projector.keys, wanted, rtol=0, atol=4e-3)  # kept in bfloat16
+    rows = [json.loads(line) for line in (run / "instruction.jsonl").read_text().splitlines()]
+    (met,) = (row for row in rows if "nearest" in row)
+    assert met["names"] == len(icons.concepts) and met["residual"] > 0
+
+
+def test_noise_grows_with_the_pools_deviation_and_never_exceeds_its_level() -> None:
+    torch.manual_seed(0)
+    still, most = torch.zeros(4000, 1, 3), torch.tensor([0.0, 0.1, 1.0])
+    moved = instruction.noisy(still, most)
+    assert moved[..., 0].abs().max() == 0
+    # a level uniform in [0, m] makes the variance m² / 3
+    torch.testing.assert_close(moved.square().mean((0, 1)), most.square() / 3, rtol=0.1, atol=0)
 
 
 def test_only_the_named_parts_train(run: Path, parts: Parts, tmp_path: Path) -> None:
