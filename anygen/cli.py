@@ -115,6 +115,7 @@ def _add_answering(command: argparse.ArgumentParser) -> None:
     command.add_argument("--seed", metavar="N", type=_seed, help="repeats an answer; by default a new one each time")
     command.add_argument("--steps", metavar="N", type=_count, help="steps of the generator: fewer is faster")
     command.add_argument("--guidance", metavar="X", type=_number, help="how much media follow the words")
+    command.add_argument("--seconds", metavar="X", type=_number, help="length of clips and sounds")
     command.add_argument("--max-new-tokens", metavar="N", type=_count, default=256, help="longest answer")
     command.add_argument("--temperature", metavar="X", type=_number, default=0.0, help="0 always says the likeliest")
 

@@ -50,6 +50,7 @@ def answering(options: argparse.Namespace) -> dict[str, Any]:
         "seed": options.seed,
         "steps": options.steps,
         "guidance_scale": options.guidance,
+        "seconds": options.seconds,
         "max_new_tokens": options.max_new_tokens,
         "temperature": options.temperature,
     }

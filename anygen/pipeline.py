@@ -8,6 +8,7 @@ messages ─ encoders ─ LLM ─ output projectors ─► plan ─ generators �
 `pipe(x)` is `render(plan(x))`; `stream(x)` does the same event by event.
 """
 
+import math
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from collections.abc import Generator as PythonGenerator
@@ -36,6 +37,9 @@ from anygen.streaming import Event, Finished, MediaDone, MediaStarted, TextDelta
 if TYPE_CHECKING:
     from anygen.chat import Chat
     from anygen.model_info import ModelInfo
+
+TIMED = ("video", "audio")
+"""Modalities whose media have a length."""
 
 
 class AnyGenPipeline:
@@ -171,6 +175,7 @@ class AnyGenPipeline:
         seed: int | Sequence[int] | None = None,
         steps: int | None = None,
         guidance_scale: float | None = None,
+        seconds: float | None = None,
         max_new_tokens: int = 256,
         max_media: int = 8,
         temperature: float = 0.0,
@@ -192,6 +197,7 @@ class AnyGenPipeline:
                 answered as it would be alone, or one a prompt; by default drawn at random, and told in the reply.
             steps: the generator's steps; by default its own.
             guidance_scale: how much a medium follows its condition; by default the generator's own.
+            seconds: the length of clips and sounds; by default the generators' own. Pictures have none.
             max_new_tokens: the longest answer; one medium counts as its signal tokens.
             max_media: the most media in one answer.
             temperature: 0 takes the likeliest words; above, they are drawn.
@@ -209,7 +215,7 @@ class AnyGenPipeline:
             ConfigError: an option is out of range.
             OutOfMemoryError: the device has too little; says what helps.
         """
-        _check_steps(steps)
+        _check_making(steps, seconds)
         plan = self.plan(
             prompt,
             seed=seed,
@@ -219,7 +225,14 @@ class AnyGenPipeline:
             top_p=top_p,
             batch_size=batch_size,
         )
-        return self.render(plan, steps=steps, guidance_scale=guidance_scale, batch_size=batch_size, progress=progress)
+        return self.render(
+            plan,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            seconds=seconds,
+            batch_size=batch_size,
+            progress=progress,
+        )
 
     @overload
     def plan(  # pyright: ignore[reportOverlappingOverload]
@@ -270,6 +283,7 @@ class AnyGenPipeline:
         seed: int | Sequence[int] | None = None,
         steps: int | None = None,
         guidance_scale: float | None = None,
+        seconds: float | None = None,
         batch_size: int = 16,
         progress: bool | None = None,
     ) -> Reply | list[Reply]:
@@ -283,14 +297,14 @@ class AnyGenPipeline:
         Args:
             plan: of `plan`, here or in another process; one, or several.
             seed: by default each plan's own.
-            steps, guidance_scale, batch_size, progress: as in a call.
+            steps, guidance_scale, seconds, batch_size, progress: as in a call.
 
         Raises:
             ModalityError: there is no generator here for a planned part.
             ConfigError: a plan was made for another generator, or an option is out of range.
             OutOfMemoryError: the device has too little; says what helps.
         """
-        _check_steps(steps)
+        _check_making(steps, seconds)
         plans = [plan] if isinstance(plan, Reply) else list(plan)
         if seed is not None:
             plans = [replace(p, seed=s) for p, s in zip(plans, seeds_of(seed, len(plans)), strict=True)]
@@ -305,11 +319,12 @@ class AnyGenPipeline:
                 progress=progress,
                 steps=steps,
                 guidance_scale=guidance_scale,
+                seconds=seconds,
             )
             for (row, column, _), part in zip(places, made, strict=True):
                 content[row][column] = part
         clock.lap("generators")
-        options = _asked(steps=steps, guidance_scale=guidance_scale)
+        options = _asked(steps=steps, guidance_scale=guidance_scale, seconds=seconds)
         replies = [
             replace(p, content=tuple(parts), options=options, timings=dict(p.timings) | clock.laps) if p.is_plan else p
             for p, parts in zip(plans, content, strict=True)
@@ -323,6 +338,7 @@ class AnyGenPipeline:
         seed: int | None = None,
         steps: int | None = None,
         guidance_scale: float | None = None,
+        seconds: float | None = None,
         max_new_tokens: int = 256,
         max_media: int = 8,
         temperature: float = 0.0,
@@ -341,12 +357,13 @@ class AnyGenPipeline:
         Prompt and options are checked at once, before the first event is asked for. Takes and raises the same as a
         call; a list of strings is one message here.
         """
-        _check_steps(steps)
+        _check_making(steps, seconds)
         conversation = parse_one(prompt, limits=self.limits, allow_urls=self.allow_urls)
         config = _decoding(max_new_tokens, max_media, temperature, top_p)
         given = self.model.prompts.prompt(conversation)
         chosen = seeds_of(seed, 1)[0]
-        return self._stream(conversation, given, chosen, config, steps=steps, guidance_scale=guidance_scale)
+        making = {"steps": steps, "guidance_scale": guidance_scale, "seconds": seconds}
+        return self._stream(conversation, given, chosen, config, **making)
 
     def chat(self, *, system: str | None = None, **options: Any) -> "Chat":
         """A conversation that remembers what was said and shown.
@@ -415,6 +432,8 @@ class AnyGenPipeline:
         **options: Any,
     ) -> list[Media]:
         condition = generator.condition_spec.check(Condition.cat([part.condition for part in parts]))
+        if generator.modality not in TIMED or options.get("seconds") is None:
+            options.pop("seconds", None)
         with memory():
             return generator.generate(condition.to(self.device), seeds=seeds, on_step=on_step, **options)
 
@@ -484,9 +503,11 @@ def _places(plans: Sequence[Reply]) -> dict[str, list[tuple[int, int, int]]]:
     return places
 
 
-def _check_steps(steps: int | None) -> None:
+def _check_making(steps: int | None, seconds: float | None) -> None:
     if steps is not None and steps < 1:
         raise ConfigError(f"steps is at least 1, got {steps}")
+    if seconds is not None and not 0 < seconds < math.inf:
+        raise ConfigError(f"seconds is a positive number, got {seconds:g}")
 
 
 def _decoding(max_new_tokens: int, max_media: int, temperature: float, top_p: float) -> DecodingConfig:

@@ -72,7 +72,7 @@ class ZeroscopeGenerator(LatentDiffusionGenerator):
             steps: denoising steps.
             guidance_scale: 1 or less switches guidance off, and halves the work.
             on_step: called with (steps done, steps in all).
-            **options: `height` and `width` in pixels, `frames`.
+            **options: `height` and `width` in pixels; `frames`, or `seconds`, which is rounded to whole frames.
 
         Raises:
             ConfigError: the condition does not fit, the seeds are not one a sample, or a size cannot be made.
@@ -96,8 +96,13 @@ class ZeroscopeGenerator(LatentDiffusionGenerator):
         height: int | None = None,
         width: int | None = None,
         frames: int | None = None,
+        seconds: float | None = None,
     ) -> Tensor:
         """As `generate`, but returns the latents, float[B, c, F, h, w]."""
+        if frames is not None and seconds is not None:
+            raise ConfigError("the length of a clip is told in frames or in seconds, not in both")
+        if seconds is not None:
+            frames = max(1, round(seconds * self.defaults.fps))
         count = self.defaults.frames if frames is None else frames
         if count < 1:
             raise ConfigError(f"a clip has at least 1 frame, got {count}")

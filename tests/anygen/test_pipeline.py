@@ -207,6 +207,19 @@ def test_options_reach_the_generator(pipe: AnyGenPipeline) -> None:
     assert more.images == wanted
 
 
+def test_a_length_reaches_the_generators_of_what_has_one(pipe: AnyGenPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, generator = pipe.plan("Draw", seed=1, max_new_tokens=3), pipe.generator("image")
+    plain, given = pipe.render(plan), list[dict[str, Any]]()
+    monkeypatch.setattr(generator, "generate", lambda condition, **options: given.append(options) or plain.images)
+    for modality, reached in (("image", False), ("video", True), ("audio", True)):
+        monkeypatch.setattr(type(generator), "modality", modality)
+        made = pipe._make(generator, [cast(PlannedPart, plan.content[0])], [1], lambda *_: None, seconds=1.5)
+        assert made == plain.images and ("seconds" in given[-1]) == reached
+    assert given[-1]["seconds"] == 1.5
+    monkeypatch.undo()
+    assert pipe.render(plan, seconds=1.5).images == plain.images
+
+
 def test_a_picture_changes_the_answer(pipe: AnyGenPipeline) -> None:
     asked = [
         pipe(["What is this?", picture], max_new_tokens=12) for picture in (PICTURE, Image(PICTURE.pil.rotate(90)))
@@ -399,6 +412,8 @@ def test_a_stream_checks_its_prompt_before_it_is_asked_for_events(pipe: AnyGenPi
         ({"seed": 2**63}, "a seed is a whole number"),
         ({"seed": [1, 2]}, "1 prompts need one seed or 1, got 2"),
         ({"steps": 0}, "steps is at least 1, got 0"),
+        ({"seconds": 0.0}, "seconds is a positive number, got 0"),
+        ({"seconds": float("nan")}, "seconds is a positive number, got nan"),
         ({"max_new_tokens": 0}, "max_new_tokens is at least 1, got 0"),
         ({"max_media": -1}, "max_media is not negative, got -1"),
         ({"temperature": -1.0}, r"temperature is not negative, got -1\.0"),

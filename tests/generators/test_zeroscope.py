@@ -170,6 +170,8 @@ def test_a_video_has_the_model_s_length_and_rate_and_other_sizes_can_be_asked_fo
     assert isinstance(clip, Video) and clip.frames.shape == (3, 16, 16, 3) and (clip.fps, clip.seconds) == (6.0, 0.5)
     wide = generator.generate(condition, seeds=[0], steps=1, height=24, width=32, frames=2)[0]
     assert wide.frames.shape == (2, 24, 32, 3)
+    for seconds, frames in ((0.8, 5), (0.01, 1)):
+        assert len(generator.generate(condition, seeds=[0], steps=1, seconds=seconds)[0].frames) == frames
     pixels = generator.decode(generator.sample(condition, [0], 1))[0].permute(0, 2, 3, 1) * 255
     assert np.abs(pixels.numpy() - clip.frames).max() <= 0.5
 
@@ -286,6 +288,8 @@ def test_steps_are_reported_and_bad_requests_refused(generator: ZeroscopeGenerat
         generator.sample(condition, [0], 0)
     with pytest.raises(ConfigError, match="a clip has at least 1 frame, got 0"):
         generator.sample(condition, [0], frames=0)
+    with pytest.raises(ConfigError, match="told in frames or in seconds, not in both"):
+        generator.sample(condition, [0], frames=2, seconds=1.0)
     with pytest.raises(ConfigError, match="multiples of 2 pixels, got 15 and 16"):
         generator.sample(condition, [0], height=15)
     with pytest.raises(ConfigError, match=r"\(6, 16\).* is wanted, got"):
