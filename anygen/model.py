@@ -31,6 +31,7 @@ from anygen.losses import IGNORED, AlignmentConfig, condition_loss, token_loss
 from anygen.messages import MediaPart
 from anygen.model_config import AnyGenConfig, InputConfig, OutputConfig, PartConfig, SourceConfig, SourcedPartConfig
 from anygen.projectors.base import InputProjector, OutputProjector
+from anygen.projectors.input import FeatureShift
 from anygen.prompts import PromptBuilder, slot_ids
 from anygen.registry import Kind, lookup
 from anygen.signal_tokens import SignalTokens, SignalTokensConfig
@@ -187,9 +188,15 @@ class AnyGenModel(nn.Module):
 
     def media_tokens(self, modality: str, media: MediaInput) -> Tensor:
         """M media of one modality -> float[sum of their tokens, D], padding left out."""
-        features = self.encode(modality, media)
-        projected = cast(InputProjector, self.input_projectors[modality])(features)
+        projected = self.project_input(modality, self.encode(modality, media))
         return projected.values[projected.mask]
+
+    def project_input(self, modality: str, features: Features) -> Features:
+        """Features of one modality -> its tokens, values float[M, N, D]; by another's projector where it shares it."""
+        projected = self.input_projectors[modality](features)
+        if (owner := self.settings.inputs[modality].shares) is not None:
+            projected = self.input_projectors[owner](projected)
+        return projected
 
     def encode(self, modality: str, media: MediaInput) -> Features:
         """An encoder's tensors -> its features; features pass as they are. No gradient reaches the encoder.
@@ -288,7 +295,10 @@ class AnyGenModel(nn.Module):
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self.settings.save(directory / CONFIG)
-        state = {key: value.to(dtype or value.dtype) for key, value in self._projector_state().items()}
+        state = {
+            key: value.to(dtype) if dtype is not None and value.is_floating_point() else value
+            for key, value in self._projector_state().items()
+        }
         for stale in directory.glob(f"{PROJECTORS}*.safetensors*"):
             stale.unlink()
         save_torch_state_dict(
@@ -393,7 +403,9 @@ def positions(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def _input_projector(config: InputConfig, width: int) -> InputProjector:
+def _input_projector(config: InputConfig, width: int) -> InputProjector | FeatureShift:
+    if config.shares is not None:
+        return FeatureShift(config.feature_dim)
     cls = lookup("input_projector", config.projector.name)
     return cls(_options(cls, "input_projector", config.projector), feature_dim=config.feature_dim, llm_dim=width)
 

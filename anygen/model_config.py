@@ -65,6 +65,13 @@ class InputConfig(Config):
     slots: int = 1
     """N, the prompt tokens of one media value: the encoder's tokens times the projector's `tokens`."""
     projector: PartConfig = PartConfig(name="linear")
+    shares: str | None = None
+    """Another input modality, whose projector makes this one's tokens as well; of its own it has but a scale and a
+    shift, which bring its features to where the other's lie."""
+
+    def __post_init__(self) -> None:
+        if self.shares is not None and self.projector != PartConfig(name="linear"):
+            raise ConfigError(f"an input has a 'projector' of its own or 'shares' that of {self.shares}, not both")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,6 +104,22 @@ class AnyGenConfig(Config):
     modalities: dict[str, ModalityConfig]
     name: str = ""
     """What the model is called in replies and saved media."""
+
+    def __post_init__(self) -> None:
+        for modality, config in self.inputs.items():
+            if (owner := config.shares) is None:
+                continue
+            owners = [name for name, other in self.inputs.items() if other.shares is None]
+            if owner not in owners:
+                raise ConfigError(
+                    f"{modality} shares the projector of {owner}, which has none; "
+                    f"inputs with a projector of their own: {', '.join(owners) or 'none'}"
+                )
+            if (width := self.inputs[owner].feature_dim) != config.feature_dim:
+                raise ConfigError(
+                    f"{modality} cannot share the projector of {owner}: "
+                    f"its features are {config.feature_dim} wide, those of {owner} {width}"
+                )
 
     @property
     def inputs(self) -> dict[str, InputConfig]:

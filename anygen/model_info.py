@@ -120,7 +120,8 @@ def describe(directory: Path) -> ModelInfo:
     for modality, reading in config.inputs.items():
         parts.append(_source_part(f"{modality} encoder", reading.encoder.source, directory, licence))
         own = _below(projectors, f"input.{modality}.")
-        parts.append(_part(f"{modality} input projector", reading.projector.name, own, None, licence))
+        kind = reading.projector.name if reading.shares is None else f"shift, then that of {reading.shares}"
+        parts.append(_part(f"{modality} input projector", kind, own, None, licence))
     for modality, making in config.outputs.items():
         own = _below(projectors, f"output.{modality}.")
         parts.append(_part(f"{modality} output projector", making.projector.name, own, None, licence))

@@ -1,33 +1,39 @@
-"""The suite `mini`: how well the embedded default draws, names, chats, and tells what it is asked for.
+"""The suite `mini`: how well the embedded default draws, films, sounds, names, chats, and tells what it is asked for.
 
 Everything is measured on requests that no training has read, on combinations of concept, style, layout and
 background that no training has drawn (`pictures.is_held_out`; of plain pictures there is but one each), and on a
-drawing style that it never saw. Cases are drawn by seed before anything is generated; none is left out afterwards.
+drawing style that it never saw; clips and sounds are held out likewise. Cases are drawn by seed before anything is
+generated; none is left out afterwards. What a model cannot read or make is not measured.
 
 Shapes: B cases, S side in pixels.
 """
 
-import logging
 import random
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from anygen.decoding import Answer, DecodingConfig, End, Event, Routed, collect, decode
+from anygen.decoding import Answer, DecodingConfig, collect, decode
 from anygen.errors import ConfigError, ModalityError
-from anygen.features import Condition
 from anygen.generators.base import Generator
 from anygen.generators.stable_diffusion import StableDiffusionGenerator
 from anygen.media import Image
-from anygen.messages import MediaPart, Message, TextPart
+from anygen.messages import Message, TextPart
 from anygen.model import AnyGenModel
-from anygen.prompts import pad
 from anygen.training.autoencoder import measure
 from anygen.training.captions import canonical
+from anygen.training.evaluation_answers import (
+    CHAT_TOKENS,
+    answer,
+    as_medium,
+    asking,
+    base_answers,
+    batches,
+    by_caption,
+    by_request,
+)
 from anygen.training.evaluation_cases import (
     CONTROLS,
     QUESTIONS,
@@ -37,18 +43,32 @@ from anygen.training.evaluation_cases import (
     pair_cases,
     routing_cases,
 )
-from anygen.training.evaluation_report import Asked, Drawn, EvaluationResult, Named, Row, write_report
+from anygen.training.evaluation_matrix import SEEDS, Judge, joint_encoders, matrix, retrieval
+from anygen.training.evaluation_matrix import Media as MediaOfThings
+from anygen.training.evaluation_media import clip_rows, naming_rows, sound_rows
+from anygen.training.evaluation_media_cases import Filler, MediaRequest, media_requests, questions, routable
+from anygen.training.evaluation_report import (
+    Asked,
+    Cell,
+    Drawn,
+    EvaluationResult,
+    Filmed,
+    Heard,
+    Named,
+    Rows,
+    write_report,
+)
 from anygen.training.icons import STYLES, IconSet
 from anygen.training.measures import Names, NearestIcon, on_white
+from anygen.training.motion_measures import NearestThing
 from anygen.training.pictures import PictureSource
-
-logger = logging.getLogger("anygen.training")
-T = TypeVar("T")
+from anygen.training.sound_measures import NearestSound
+from anygen.training.sounds import SoundBank
 
 PAIRS, NAMED, CONTROLLED, RESTORED = 500, 300, 60, 256
 """Cases of a full run: (concept, style) pairs; icons to name; pictures a control; VAE reconstructions."""
-CHAT_TOKENS = 32
-"""How far an answer to small talk is compared with the base LLM's."""
+MEDIA_KINDS = ("video", "audio", "several", "given", "impossible")
+"""Kinds of held-out wordings beside those for pictures and small talk."""
 _HELD_OUT_STYLES = tuple(style.word for style in STYLES if style.held_out)
 
 
@@ -57,6 +77,7 @@ def evaluate(
     generators: Mapping[str, Generator],
     icons_dir: Path,
     *,
+    sounds_dir: Path | None = None,
     suite: str = "mini",
     limit: int | None = None,
     seed: int = 0,
@@ -67,31 +88,36 @@ def evaluate(
     """Measures everything and compares it with the bars.
 
     Args:
-        model: with its image encoder; in evaluation mode.
-        generators: output modality -> generator; that of images is used.
+        model: with its image encoder, and those of sounds and clips if they are to be measured; in evaluation mode.
+        generators: output modality -> generator; that of images is needed, those of clips and sounds are measured too.
         icons_dir: the built icon set.
+        sounds_dir: the built sound bank, read only if the model hears or makes sounds; by default the folder `sounds`
+            beside the icon set.
         suite: "mini" is the only one.
         limit: the most cases of a row, for a quick look; VAE reconstructions come by 64.
-        seed: of the cases, and of the pictures' noise.
+        seed: of the cases, and of the media's noise.
         device: where to move the model and the generators; by default they stay where they are.
         batch_size: cases that go through LLM and generator together.
-        report: a folder for the table and for pictures to look at.
+        report: a folder for the table and for media to look at.
 
     Raises:
         ConfigError: an unknown suite.
         ModalityError: the model has no image encoder, or no Stable Diffusion generator for images.
-        CheckpointError: there is no icon set in `icons_dir`.
+        CheckpointError: there is no icon set in `icons_dir`, or no sound bank where one is needed.
     """
     generator = _check(suite, model, generators)
     icons, unseen = IconSet.load(icons_dir), IconSet.load(icons_dir, styles=_HELD_OUT_STYLES)
+    hears = "audio" in generators or "audio" in model.encoders
+    bank = SoundBank.load(sounds_dir or icons_dir.with_name("sounds")) if hears else None
     if device is not None:
         model.to(device)
-        generator.to(device)
+        for one in generators.values():
+            one.to(device)
 
     def most(count: int) -> int:
         return count if limit is None else min(count, limit)
 
-    rows, nearest = _Rows(seed), NearestIcon(icons)
+    rows, nearest = Rows(seed), NearestIcon(icons)
     cases = pair_cases(icons, most(PAIRS), seed)
     pictures = draw_captions(generator, cases, batch_size)
     straight = judge(cases, pictures, nearest)
@@ -100,7 +126,7 @@ def evaluate(
     drawn = judge(cases, pictures, nearest, answers)
     reached = rows.share("text -> image, through LLM and output projector", [d.hit for d in drawn], bar=0.90)
     names = Names(icons.concepts)
-    said = [case.concept in names.named(answer.text) for case, answer in zip(cases, answers, strict=True)]
+    said = [case.concept in names.named(one.text) for case, one in zip(cases, answers, strict=True)]
     rows.share("the words of these answers name what was asked for", said)
     rows.add("retention: LLM path / τ_X path", reached / ceiling if ceiling else 0.0, len(cases), bar=0.95)
 
@@ -110,6 +136,7 @@ def evaluate(
     rows.add("VAE reconstruction", psnr, restored, bar=28, unit="dB")
 
     asked = ask(model, routing_cases(icons, limit, seed), batch_size)
+    asked += ask_for_media(model, icons, bank, limit, seed, batch_size)
     rows.share("modality asked for", [a.hit for a in asked], bar=0.97)
     for wanted in sorted({a.wanted for a in asked}):
         rows.share(f"modality asked for: {wanted}", [a.hit for a in asked if a.wanted == wanted])
@@ -123,8 +150,8 @@ def evaluate(
     foreign = name_pictures(model, on_white(unseen, chosen), shown, icons, seed=seed, batch_size=batch_size)
     rows.share(f"image -> text, held-out style {_HELD_OUT_STYLES[0]}", [n.hit for n in foreign], bar=0.60)
 
-    chat = held_out_chat()[:limit]
-    rows.share("small talk: words alone, the base LLM's own", small_talk(model, chat, batch_size), bar=0.95)
+    talk = small_talk(model, held_out_chat()[:limit], batch_size)
+    talked = rows.share("small talk: words alone, the base LLM's own", talk, bar=0.95)
 
     for name, control in CONTROLS.items():
         cases = control_cases(icons, control, most(CONTROLLED), seed)
@@ -137,46 +164,56 @@ def evaluate(
             kept = [p is not None and control.holds(c.drawing, p) for c, p in zip(cases, pictures, strict=True)]
             rows.share(f"{name}, {path} path", kept)
 
+    filmed, heard, cells = list[Filmed](), list[Heard](), tuple[Cell, ...]()
+    if set(generators) | set(model.encoders) > {"image"}:
+        count = 2**31 if limit is None else limit
+        thing = NearestThing(icons) if "video" in generators else None
+        sound = NearestSound(bank, device=model.device) if bank is not None else None
+        if bank is not None and sound is not None and "audio" in generators:
+            heard = sound_rows(rows, model, generators["audio"], bank, sound, count, batch_size)
+        if thing is not None:
+            filmed = clip_rows(rows, model, generators["video"], icons, thing, count, batch_size)
+        naming_rows(rows, model, icons, bank, sound, count, batch_size)
+        galleries = {number: MediaOfThings(icons, bank, number) for number in range(seed, seed + SEEDS)}
+        retrieval(rows, joint_encoders(model), galleries, count, batch_size)
+        cells = matrix(
+            rows,
+            model,
+            generators,
+            MediaOfThings(icons, bank, seed),
+            Judge(nearest, thing, sound, bank),
+            talk=(talked, len(talk)),
+            most=count,
+            batch_size=batch_size,
+        )
+
     result = EvaluationResult(
         suite=suite,
         model=model.settings.name,
         icons=icons.checksum,
         device=str(model.device),
         rows=tuple(rows.found),
+        matrix=cells,
     )
     if report is not None:
         half = 32  # of each kind on the report's sheet
-        write_report(result, report, drawn=drawn, named=[*named[:half], *foreign[:half]], asked=asked)
+        named = [*named[:half], *foreign[:half]]
+        write_report(result, report, drawn=drawn, named=named, asked=asked, filmed=filmed, heard=heard)
     return result
 
 
 def draw_captions(generator: Generator, cases: Sequence[Case], batch_size: int = 16) -> list[Tensor | None]:
     """The pictures of the cases' captions by way of the generator's own text encoder: B of float[3, S, S]."""
-    pictures: list[Tensor | None] = []
-    for batch in _batches(cases, batch_size):
-        condition = generator.encode_text([canonical(case.drawing) for case in batch])
-        pictures += _generate(generator, condition, [case.seed for case in batch])
-    return pictures
+    captions = [canonical(case.drawing) for case in cases]
+    return by_caption(generator, captions, [case.seed for case in cases], batch_size)
 
 
 def draw_requests(
     model: AnyGenModel, generator: Generator, cases: Sequence[Case], batch_size: int = 16
 ) -> tuple[list[Tensor | None], list[Answer]]:
     """The first picture of the model's answer to each request, None where it has none; and the answers."""
-    pictures: list[Tensor | None] = []
-    answers: list[Answer] = []
-    for batch in _batches(cases, batch_size):
-        answered = _answer(model, [[Message("user", (TextPart(case.request),))] for case in batch])
-        runs = [next((run for run in a.runs if run.modality == generator.modality), None) for a in answered]
-        drawn: Iterator[Tensor] = iter(())
-        if states := [run.states for run in runs if run is not None]:
-            with torch.no_grad():
-                condition = model.project(generator.modality, torch.stack(states))
-            seeds = [case.seed for case, run in zip(batch, runs, strict=True) if run is not None]
-            drawn = iter(_generate(generator, condition, seeds))
-        pictures += [None if run is None else next(drawn) for run in runs]
-        answers += answered
-    return pictures, answers
+    conversations = [asking(case.request) for case in cases]
+    return by_request(model, generator, conversations, [case.seed for case in cases], batch_size)
 
 
 def judge(
@@ -193,7 +230,7 @@ def judge(
         nearest: over the icons to compare with.
         answers: in which the pictures came, if they were drawn by request.
     """
-    icons, judged = nearest.icons, []
+    judged = []
     for number, (case, picture) in enumerate(zip(cases, pictures, strict=True)):
         icon = None if picture is None else nearest.find(picture[None])[0]
         judged.append(
@@ -202,7 +239,7 @@ def judge(
                 seed=case.seed,
                 picture=picture,
                 answer=answers[number].text if answers else "",
-                looks_like="" if icon is None else icons.concepts[int(icons.concept[icon])].label,
+                looks_like="" if icon is None else nearest.label(icon),
                 hit=icon is not None and nearest.shows(icon, case.concept),
             )
         )
@@ -210,15 +247,61 @@ def judge(
 
 
 def ask(model: AnyGenModel, cases: Sequence[tuple[str, str]], batch_size: int = 16) -> list[Asked]:
-    """How many media the answer to each message holds; they are not generated. `cases` as of `routing_cases`."""
-    asked = []
-    for batch in _batches(cases, batch_size):
-        answers = _answer(model, [[Message("user", (TextPart(message),))] for message, _ in batch])
-        asked += [
-            Asked(message=message, wanted=wanted, media=len(answer.runs))
-            for (message, wanted), answer in zip(batch, answers, strict=True)
-        ]
-    return asked
+    """Which media the answer to each message holds; they are not generated. `cases` as of `routing_cases`."""
+    answers = answer(model, [asking(message) for message, _ in cases], batch_size)
+    makes: dict[str, tuple[str, ...] | None] = {"text": (), "image": ("image",), "images": None}
+    return [
+        Asked(message=message, wanted=wanted, makes=makes[wanted], made=tuple(run.modality for run in said.runs))
+        for (message, wanted), said in zip(cases, answers, strict=True)
+    ]
+
+
+def ask_for_media(
+    model: AnyGenModel, icons: IconSet, bank: SoundBank | None, limit: int | None, seed: int, batch_size: int = 16
+) -> list[Asked]:
+    """The same for clips, sounds, several media, media given with the message, and what cannot be made.
+
+    A model of pictures alone is asked for none of it.
+
+    Args:
+        model: is asked what it can read and make, and no more.
+        icons: what may be seen.
+        bank: what may be heard; needed by a model that hears or makes sounds.
+        limit: the most messages of a kind.
+        seed: of the things.
+        batch_size: messages that are answered together.
+    """
+    inputs, outputs = set(model.encoders), set(model.settings.outputs)
+    if not inputs | outputs > {"image"}:
+        return []
+    rng, filler, media = random.Random(seed), Filler(icons, bank, seed), MediaOfThings(icons, bank, seed)
+    given = inputs if media.heard else inputs - {"audio"}  # where nothing seen is heard, no sound is given
+    asked: list[MediaRequest] = []
+    for kind in MEDIA_KINDS:
+        known = [request for request in media_requests(kind) if routable(request, given, outputs)]
+        if kind == "given" and "image" in inputs:
+            known += [
+                MediaRequest(text=text, kind="given", makes=(), given="image") for text in questions("image")[:12]
+            ]
+        asked += known if limit is None else rng.sample(known, min(limit, len(known)))
+    conversations = []
+    for request in asked:
+        medium = None
+        if request.given is not None:
+            modalities = (request.given, *request.makes) if media.heard else (request.given,)
+            (value,) = media.make(request.given, media.choose(modalities, 1))
+            medium = as_medium(request.given, value)
+        conversations.append(asking(filler.fill(request), medium, medium_first=rng.random() < 0.5))
+    answers = answer(model, conversations, batch_size)
+    return [
+        Asked(
+            message=conversation[0].text,
+            wanted=request.kind,
+            makes=request.makes,
+            made=tuple(run.modality for run in said.runs),
+        )
+        for request, conversation, said in zip(asked, conversations, answers, strict=True)
+    ]
 
 
 def name_pictures(
@@ -237,19 +320,19 @@ def name_pictures(
     rng, names, named = random.Random(seed), Names(icons.concepts), []
     conversations = []
     for picture in pictures:
-        parts = (TextPart(rng.choice(QUESTIONS)), MediaPart("image", Image.from_any(picture)))
-        conversations.append([Message("user", parts if rng.random() < 0.5 else parts[::-1])])
-    answers = [answer for batch in _batches(conversations, batch_size) for answer in _answer(model, batch)]
-    for picture, concept, (message,), answer in zip(pictures, concepts, conversations, answers, strict=True):
-        label, hit = icons.concepts[concept].label, concept in names.named(answer.text)
-        named.append(Named(picture=picture, question=message.text, answer=answer.text, label=label, hit=hit))
+        question = rng.choice(QUESTIONS)
+        conversations.append(asking(question, Image.from_any(picture), medium_first=rng.random() >= 0.5))
+    answers = answer(model, conversations, batch_size)
+    for picture, concept, (message,), said in zip(pictures, concepts, conversations, answers, strict=True):
+        label, hit = icons.concepts[concept].label, concept in names.named(said.text)
+        named.append(Named(picture=picture, question=message.text, answer=said.text, label=label, hit=hit))
     return named
 
 
 def small_talk(model: AnyGenModel, messages: Sequence[str], batch_size: int = 16) -> list[bool]:
     """Whether each answer is words alone and, as far as it is compared, what the base LLM's `generate` gives."""
     same = []
-    for batch in _batches(messages, batch_size):
+    for batch in batches(messages, batch_size):
         prompts = [model.prompts.prompt([Message("user", (TextPart(text),))]) for text in batch]
         events = decode(model, prompts, config=DecodingConfig(max_new_tokens=CHAT_TOKENS))
         answers = collect(events, len(batch))
@@ -258,29 +341,6 @@ def small_talk(model: AnyGenModel, messages: Sequence[str], batch_size: int = 16
         base = dict(zip(plain, base_answers(model, [batch[row] for row in plain]), strict=True))
         same += [base.get(row) == answer.text for row, answer in enumerate(answers)]
     return same
-
-
-@torch.inference_mode()
-def base_answers(model: AnyGenModel, messages: Sequence[str], max_new_tokens: int = CHAT_TOKENS) -> list[str]:
-    """Greedy answers of the LLM without its adapter, by transformers' own template and `generate`."""
-    from transformers import GenerationConfig
-
-    if not messages:
-        return []
-    llm = model.llm
-    turns = [[{"role": "user", "content": message}] for message in messages]
-    texts = cast(list[str], llm.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-    encoded = [cast(list[int], llm.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
-    ids, mask = (tensor.to(model.device) for tensor in pad(encoded, llm.eos_ids[0], left=True))
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=llm.eos_ids, pad_token_id=llm.eos_ids[0]
-    )
-    with llm.adapter_off():
-        spoken = cast(Any, llm.base).generate(ids, attention_mask=mask, generation_config=config)
-    texts = llm.tokenizer.batch_decode(
-        spoken[:, ids.shape[1] :], skip_special_tokens=True, clean_up_tokenization_spaces=False
-    )
-    return [text.rstrip("\ufffd") for text in texts]  # as decoding does with a character that the limit cuts
 
 
 def _check(suite: str, model: AnyGenModel, generators: Mapping[str, Generator]) -> StableDiffusionGenerator:
@@ -297,59 +357,8 @@ def _check(suite: str, model: AnyGenModel, generators: Mapping[str, Generator]) 
     return generator
 
 
-class _Rows:
-    """Collects figures, with the wall time since the one before."""
-
-    def __init__(self, seed: int) -> None:
-        self.seed, self.found = seed, list[Row]()
-        self.clock = time.monotonic()
-
-    def add(self, name: str, value: float, cases: int, *, bar: float | None = None, unit: str = "") -> float:
-        seconds, self.clock = time.monotonic() - self.clock, time.monotonic()
-        row = Row(name=name, value=value, cases=cases, seed=self.seed, seconds=round(seconds, 1), bar=bar, unit=unit)
-        self.found.append(row)
-        logger.info("%s: %s (%d cases, %.0f s)", name, row.figure, cases, seconds)
-        return value
-
-    def share(self, name: str, hits: Sequence[bool], *, bar: float | None = None) -> float:
-        return self.add(name, sum(hits) / len(hits) if hits else 0.0, len(hits), bar=bar)
-
-
-def _batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    return (items[first : first + size] for first in range(0, len(items), size))
-
-
 def _known_icons(unseen: IconSet, icons: IconSet, count: int, seed: int) -> list[int]:
     """Rows of `unseen` whose concept `icons` has too."""
     known = set(icons.concept.tolist())
     rows = [row for row, concept in enumerate(unseen.concept.tolist()) if concept in known]
     return random.Random(seed).sample(rows, min(count, len(rows)))
-
-
-def _generate(generator: Generator, condition: Condition, seeds: Sequence[int]) -> list[Tensor]:
-    """float[3, S, S] in [0, 1] each, on the CPU."""
-    images = generator.generate(condition, seeds=seeds)
-    return [torch.from_numpy(image.array).permute(2, 0, 1) / 255 for image in images]
-
-
-def _answer(model: AnyGenModel, conversations: Sequence[list[Message]], max_new_tokens: int = 128) -> list[Answer]:
-    """Greedy answers in one batch. Those that words alone answer are left empty, which saves their time."""
-    prompts = [model.prompts.prompt(messages) for messages in conversations]
-    config = DecodingConfig(max_new_tokens=max_new_tokens)
-    media = model.encode_parts([part for prompt in prompts for part in prompt.media])
-    events = decode(model, prompts, media=media, config=config)
-    return collect(_until_media_came(events, len(prompts)), len(prompts))
-
-
-def _until_media_came(events: Iterable[Event], count: int) -> Iterator[Event]:
-    """Ends once every sample has its route and those routed to media have ended: these come before the others."""
-    routed, waiting = 0, set[int]()
-    for event in events:
-        yield event
-        if isinstance(event, Routed):
-            routed += 1
-            waiting |= {event.sample} if event.route == "media" else set()
-        elif isinstance(event, End):
-            waiting.discard(event.sample)
-        if routed == count and not waiting:
-            return

@@ -1,10 +1,11 @@
-"""Teaches the LLM of the embedded default to read pictures, to answer with them, and to stay itself in plain talk.
+"""Teaches the LLM of the embedded default to read media, to answer with them, and to stay itself in plain talk.
 
-One stage for what NExT-GPT (arXiv:2309.05519) does in three, because the LLM is small: input projector (pictures are
-named and described), signal rows and output projector (caption-only alignment, MM-LLMs survey eq. 4: no picture is
-generated or read on the output side), and a LoRA adapter. The LM loss covers text, routes and signal tokens; the
-alignment is trained in the very contexts in which runs are emitted.
-Differs from NExT-GPT: alignment distances are taken as the generator's cross-attention sees them (`attention_metric`).
+One stage for what NExT-GPT (arXiv:2309.05519) does in three, because the LLM is small: input projector (pictures, clips
+and sounds are named and described), signal rows and output projectors (caption-only alignment, MM-LLMs survey eq. 4:
+nothing is generated or read on the output side), and a LoRA adapter. The LM loss covers text, routes and signal tokens;
+the alignment is trained in the very contexts in which runs are emitted.
+Differs from NExT-GPT: alignment distances are taken as the generator's cross-attention sees them
+(`conditions.alignment_metrics`); modalities of one encoder share one input projector.
 """
 
 import random
@@ -20,14 +21,10 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from anygen.component import load_strict
 from anygen.config import Config
-from anygen.encoders.imagebind import ImageBindEncoder
-from anygen.encoders.imagebind_inputs import normalised
+from anygen.encoders.imagebind_config import ImageBindConfig
 from anygen.errors import ConfigError
 from anygen.generators.base import Generator
-from anygen.generators.latent import EMBEDS, LatentDiffusionGenerator
 from anygen.llm import LLM
-from anygen.losses import IGNORED
-from anygen.messages import MediaPart
 from anygen.model import AnyGenModel
 from anygen.model_config import (
     AnyGenConfig,
@@ -38,23 +35,25 @@ from anygen.model_config import (
     SourceConfig,
     SourcedPartConfig,
 )
-from anygen.projectors.input import MemoryProjector
-from anygen.registry import lookup
-from anygen.signal_tokens import WORDS
-from anygen.training.contrastive import augment
+from anygen.projectors.input import FeatureShift, MemoryProjector
+from anygen.training.conditions import (
+    GENERATORS,
+    alignment_metrics,
+    caption_targets,
+    load_generators,
+)
+from anygen.training.conversation_batches import Collator, Examples, packed_losses
 from anygen.training.icons import IconSet
 from anygen.training.loop import Pace, Progress, RunLog
 from anygen.training.losses import AlignmentConfig
 from anygen.training.magpie import self_answers
-from anygen.training.naming import meet_names, name_embeddings
-from anygen.training.packing import PackedBatches, PackedDecoder, block_mask, rows_of, segments_of
-from anygen.training.pictures import PictureSource, load_icons
-from anygen.training.requests import Conversations, Seen, self_prompts
-from anygen.training.sounds import load_sounds
+from anygen.training.media_pools import Pool, make_pools, names_of, text_features
+from anygen.training.naming import meet_names, name_embeddings, noisy, remember
+from anygen.training.packing import PackedBatches, PackedDecoder
+from anygen.training.pictures import load_icons
+from anygen.training.requests import Conversations, self_prompts
+from anygen.training.sounds import SoundBank, load_sounds
 from anygen.training.wishes import ClipWishes, ImageWishes, SoundWishes, Wishes
-
-GENERATORS = {"image": "stable_diffusion", "video": "zeroscope", "audio": "audioldm2"}
-"""Output modality -> the generator of anygen-mini, by its registered name."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,35 +67,39 @@ class InstructionRecipe(Config):
     generators: dict[str, str]
     """Output modality -> directory of its trained generator."""
     sounds: str | None = None
-    """Directory of the built sound bank; needed where sounds are made."""
+    """Directory of the built sound bank; needed where sounds are made or heard."""
     llm: str = "smollm2-135m-instruct"
     """A name that the hub resolves, or a directory."""
     start: str | None = None
     """Directory of a model that this recipe trained before, to go on from; its own sizes then hold."""
     checksum: str | None = None
     """The icon set's checksum; None accepts any."""
+    sounds_checksum: str | None = None
+    """The sound bank's checksum; None accepts any."""
     trains: tuple[str, ...] = ("llm", "signal_tokens", "input_projectors", "output_projectors")
     """The parts that train (of the LLM, its adapter); all else stands still."""
     mixture: dict[str, float] | None = None
     """Kind of conversation -> weight; None takes `requests.MIXTURE`."""
-    pool: int = 60_000
-    """Pictures that are encoded once and asked about."""
+    pools: dict[str, int] = field(default_factory=lambda: {"image": 60_000})
+    """Input modality (image, video, audio) -> media of it that are encoded once and asked about. The first one's
+    projector is shared by the others."""
     feature_noise: float = 0.5
-    """Each picture's features get Gaussian noise of up to so much of the pool's own deviation, so that the LLM reads a
+    """Each medium's features get Gaussian noise of up to so much of its pool's own deviation, so that the LLM reads a
     picture whose style it has not seen by what is near it. Source: CapDec (arXiv:2211.00575), for texts."""
-    input_width: int = 768
+    input_width: int = 384
     """Of the input projector's hidden layer."""
-    name_steps: int = 2000
+    name_steps: int = 1000
     """Steps in which the input projector first meets the LLM's own embeddings of the names of what is shown."""
     renew: tuple[str, ...] = ()
     """Parts that are not taken from `start`, but made and trained anew."""
     answers: int = 1024
     """Plain questions that the LLM answers once, for conversations that go on after its answer."""
     prompt_tokens: int = 4
-    """N, LLM tokens made of one picture."""
+    """N, LLM tokens made of one medium."""
     signal_tokens: dict[str, int] = field(default_factory=lambda: {"image": 4})
     """Output modality -> S, 4 where none is given, as NExT-GPT's for images."""
-    projector_width: int = 256
+    projector_widths: dict[str, int] = field(default_factory=dict)
+    """Output modality -> width of its output projector, 256 where none is given; 160 has 40 % of its bytes."""
     projector_layers: int = 2
     lora_rank: int = 8
     lora_alpha: int = 16
@@ -111,7 +114,9 @@ class InstructionRecipe(Config):
     save_steps: int = 500
     """How often the model so far is written; only the last is kept."""
     learning_rate: float = 1e-3
-    """Of projectors and signal rows."""
+    """Of output projectors and signal rows."""
+    input_learning_rate: float = 5e-4
+    """Of input projectors, which know the names already."""
     lora_learning_rate: float = 5e-4
     alignment_weight: float = 3.0
     compile: bool = False
@@ -122,118 +127,17 @@ class InstructionRecipe(Config):
     """Processes that make examples."""
     seed: int = 0
 
-
-@dataclass(frozen=True, slots=True)
-class Pool:
-    """Encoded media of one modality."""
-
-    features: Tensor
-    """float[P, 1, C]."""
-    shown: list[Seen]
-    concepts: Tensor
-    """long[P], the numbers of the concepts shown."""
-
-
-@torch.no_grad()
-def text_features(directory: str, texts: Sequence[str]) -> Tensor:
-    """float32[K, C], what the trained ImageBind makes of texts."""
-    encoder = ImageBindEncoder.from_pretrained(directory, modality="text").float()
-    rows = [encoder(**encoder.preprocess(texts[row : row + 256])).values[:, 0] for row in range(0, len(texts), 256)]
-    return torch.cat(rows)
-
-
-@torch.no_grad()
-def encode_pictures(source: PictureSource, encoder: ImageBindEncoder, count: int) -> Pool:
-    """Composes `count` pictures, half of them with the contrastive stage's augmentation, and encodes them."""
-    features, shown, icons = [], [], list[int]()
-    size = min(256, count)
-    batches = source.batches(size)
-    for number in range(max(1, count // size)):
-        batch = next(batches)
-        pixels = augment(batch.pixels) if number % 2 else batch.pixels
-        features.append(encoder(inputs=normalised(pixels)).values.float().cpu())
-        shown += [Seen("image", len(shown) + row, drawing) for row, drawing in enumerate(batch.drawings)]
-        icons += list(batch.icons)
-    return Pool(torch.cat(features), shown, source.icons.concept[icons].long().cpu())
-
-
-class Examples:
-    """Conversations as token ids; example `n` is the same whoever asks for it."""
-
-    def __init__(self, conversations: Conversations, model: AnyGenModel) -> None:
-        self.conversations = conversations
-        self.prompts, self.words = model.prompts, model.signal_tokens.id(WORDS)
-
-    def __getitem__(self, number: int) -> dict[str, Any]:
-        """`ids`, `labels`, `media` (parts with pool rows) and `captions` (parts with captions), in reading order."""
-        conversation = self.conversations[number]
-        # Runs of earlier answers stand in the input as well, and are aligned like the last one's.
-        captions = [
-            part
-            for message in conversation.messages
-            if message.role == "assistant"
-            for part in message.parts
-            if isinstance(part, MediaPart)
-        ]
-        if conversation.words:
-            prompt = self.prompts.prompt(conversation.messages)
-            # Only the route is learned: the words that follow are the untouched LLM's own.
-            ids, labels = [*prompt.ids, self.words], [-100] * len(prompt.ids) + [self.words]
-            return {"ids": ids, "labels": labels, "media": prompt.media, "captions": captions}
-        example = self.prompts.example(conversation.messages)
-        return {"ids": example.ids, "labels": example.labels, "media": example.media, "captions": captions}
-
-
-class Collator:
-    """Lays packed examples out in rows, fetches their media's features, tokenises the captions of their runs.
-
-    Args:
-        features: input modality -> float[P, 1, C], its pool.
-        generators: output modality -> generator, with its text encoder.
-        width: W, tokens of a row.
-    """
-
-    def __init__(self, features: Mapping[str, Tensor], generators: Mapping[str, Generator], width: int) -> None:
-        self.features, self.width = features, width
-        # Taken here, since text encoders are loaded when first asked for, and a forked worker cannot reach the GPU.
-        self.texts = {modality: cast(Any, generator).text for modality, generator in generators.items()}
-
-    def __call__(self, rows: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
-        """Rows of examples -> `input_ids`, `labels`, `segments`, `position_ids`; `media` and `captions` by modality."""
-        ids = [[example["ids"] for example in row] for row in rows]
-        segments, places = segments_of(ids, self.width)
-        labels = rows_of([[example["labels"] for example in row] for row in rows], self.width, IGNORED)
-        media: dict[str, list[int]] = {}
-        captions: dict[str, list[str]] = {}
-        for example in (example for row in rows for example in row):
-            for part in example["media"]:
-                media.setdefault(part.modality, []).append(part.media)
-            for part in example["captions"]:
-                captions.setdefault(part.modality, []).append(part.media)
-        return {
-            "input_ids": rows_of(ids, self.width, 0),
-            "labels": labels,
-            "segments": segments,
-            "position_ids": places,
-            "media": {modality: self.features[modality][numbers] for modality, numbers in media.items()},
-            "captions": {name: caption_tokens(self.texts[name], said) for name, said in captions.items()},
-        }
-
-
-def caption_tokens(text: Any, captions: Sequence[str]) -> dict[str, Tensor]:
-    """B captions -> the token ids that a generator's text encoder reads, by name, on the CPU."""
-    tokens = text.tokenize(captions)
-    return {"ids": tokens} if isinstance(tokens, Tensor) else {"ids": tokens.ids, "mask": tokens.mask}
-
-
-@torch.no_grad()
-def caption_targets(generator: Any, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What the text encoder makes of `caption_tokens`: the tensors of the generator's condition."""
-    if isinstance(generator, LatentDiffusionGenerator):
-        return {EMBEDS: generator.text.encoder(input_ids=tokens["ids"]).last_hidden_state}
-    from anygen.generators.audioldm2 import SoundTokens
-
-    return generator.text(SoundTokens(tokens["ids"], tokens["mask"]))
+    def __post_init__(self) -> None:
+        if unmade := sorted(set(self.pools) - set(self.generators)):
+            made = ", ".join(self.generators) or "nothing"
+            raise ConfigError(
+                f"pools: what is asked about can be asked for as well, and no generator makes {', '.join(unmade)}; "
+                f"generators makes {made}"
+            )
+        if empty := [modality for modality, size in self.pools.items() if size < 1]:
+            raise ConfigError(f"pools: {empty[0]} needs at least 1 medium; leave it out if it is not to be read")
+        if "audio" in self.generators and self.sounds is None:
+            raise ConfigError("the recipe makes audio, so it must name the sound bank: sounds: data/sounds")
 
 
 def _only(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -241,7 +145,7 @@ def _only(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 class InstructionTrainer(Trainer):
-    """`transformers.Trainer`, with the generator's text encoder giving each batch its alignment targets."""
+    """`transformers.Trainer`, with the generators' text encoders giving each batch its alignment targets."""
 
     def __init__(
         self,
@@ -269,15 +173,13 @@ class InstructionTrainer(Trainer):
                 name: noisy(seen, self.recipe.feature_noise * self.deviations[name])
                 for name, seen in inputs["media"].items()
             }
-            embeds = model.embed(ids, media)
             conditions = {
                 name: caption_targets(self.generators[name], tokens) for name, tokens in inputs["captions"].items()
             }
-        hidden = self.decoder.run(embeds, block_mask(inputs["segments"]), inputs["position_ids"])
-        with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=self.recipe.bf16):
-            output = model.losses(ids, hidden, inputs["labels"], conditions)
+            output = packed_losses(model, self.decoder.run, inputs, media, conditions)
         if self.state.global_step % 50 == 0:
             align = output.alignment_loss
+            assert output.lm_loss is not None
             self.log_file.write(
                 step=self.state.global_step,
                 lm_loss=output.lm_loss.item(),
@@ -291,15 +193,21 @@ class InstructionTrainer(Trainer):
         return SequentialSampler(cast(PackedBatches, self.train_dataset if train_dataset is None else train_dataset))
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """Two learning rates: the adapter's, and that of everything trained from scratch."""
+        """Three learning rates: the adapter's, the input projectors', and that of what begins from nothing."""
         if self.optimizer is None:
-            named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]  # type: ignore[union-attr]
-            groups = [
-                {"params": [p for n, p in named if ".lora_" in n], "lr": self.recipe.lora_learning_rate},
-                {"params": [p for n, p in named if ".lora_" not in n], "lr": self.recipe.learning_rate},
-            ]
+            rates = {".lora_": self.recipe.lora_learning_rate, "input_projectors.": self.recipe.input_learning_rate}
+            groups: dict[float, list[torch.nn.Parameter]] = {}
+            for name, parameter in cast(torch.nn.Module, self.model).named_parameters():
+                if parameter.requires_grad:
+                    rate = next((r for part, r in rates.items() if part in name), self.recipe.learning_rate)
+                    groups.setdefault(rate, []).append(parameter)
             fused = self.args.device.type == "cuda"
-            self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.01, fused=fused)
+            self.optimizer = torch.optim.AdamW(
+                [{"params": parameters, "lr": rate} for rate, parameters in groups.items()],
+                betas=(0.9, 0.98),
+                weight_decay=0.01,
+                fused=fused,
+            )
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -330,32 +238,8 @@ class Watch(TrainerCallback):
         return control
 
 
-def noisy(features: Tensor, most: Tensor) -> Tensor:
-    """float[M, T, C] with Gaussian noise; a medium's level is uniform in [0, most], `most` float[C]."""
-    level = torch.rand(len(features), 1, 1, device=features.device)
-    return features + level * most * torch.randn_like(features)
-
-
-def attention_metric(unet: Any, floor: float = 0.1) -> Tensor:
-    """float[C, C]: measures differences of conditions as the UNet's cross-attention keys and values see them.
-
-    The keys and values are linear in the condition, so the squared length of `(u - v) @ metric` is the mean of their
-    squared differences over all cross-attention layers, plus `floor` of the plain distance; scaled to mean 1.
-    """
-    maps = [
-        layer.weight.detach().float()
-        for name, layer in unet.named_modules()
-        if name.endswith(("attn2.to_k", "attn2.to_v"))
-    ]
-    gram = sum(weight.T @ weight / weight.shape[0] for weight in maps)
-    assert isinstance(gram, Tensor)
-    gram = gram / gram.diagonal().mean() * (1 - floor) + floor * torch.eye(len(gram), device=gram.device)
-    values, vectors = torch.linalg.eigh(gram)
-    return vectors * values.clamp(min=0).sqrt()
-
-
 def settings(
-    recipe: InstructionRecipe, generators: Mapping[str, Generator], feature_dim: int, memories: int
+    recipe: InstructionRecipe, generators: Mapping[str, Generator], feature_dim: int, told: Tensor
 ) -> AnyGenConfig:
     """The parts of anygen-mini, named as it ships them.
 
@@ -363,31 +247,41 @@ def settings(
         recipe: their sizes.
         generators: output modality -> generator.
         feature_dim: the encoder's.
-        memories: names that the input projector remembers.
+        told: float[K, N, D], the embeddings of the names that the input projector remembers.
     """
+    memory = {
+        "memories": len(told),
+        "words": len(told.flatten(0, 1).unique(dim=0)),
+        "tokens": recipe.prompt_tokens,
+        "width": recipe.input_width,
+    }
+    owner = next(iter(recipe.pools), None)
     inputs = {
-        "image": InputConfig(
+        modality: InputConfig(
             encoder=SourcedPartConfig(
                 name="imagebind",
                 source=SourceConfig(path="encoders/imagebind"),
-                options={"modality": "image"},
+                options={"modality": modality},
             ),
             feature_dim=feature_dim,
             slots=recipe.prompt_tokens,
-            projector=PartConfig(
-                name="memory",
-                options={"memories": memories, "tokens": recipe.prompt_tokens, "width": recipe.input_width},
-            ),
+            projector=PartConfig(name="memory", options=memory) if modality == owner else PartConfig(name="linear"),
+            shares=None if modality == owner else owner,
         )
+        for modality in recipe.pools
     }
-    width, layers = recipe.projector_width, recipe.projector_layers
-    options = {"width": width, "encoder_layers": layers, "decoder_layers": layers, "heads": 4, "ffn": 4 * width}
+
+    def transformer(modality: str) -> PartConfig:
+        width, layers = recipe.projector_widths.get(modality, 256), recipe.projector_layers
+        options = {"width": width, "encoder_layers": layers, "decoder_layers": layers, "heads": 4, "ffn": 4 * width}
+        return PartConfig(name="text_fc", options=options)
+
     outputs = {
         modality: OutputConfig(
             signal_tokens=recipe.signal_tokens.get(modality, 4),
             condition={name: tuple(shape) for name, shape in generator.condition_spec.shapes.items()},
             generator=SourcedPartConfig(name=GENERATORS[modality], source=SourceConfig(path=f"generators/{modality}")),
-            projector=PartConfig(name="text_fc", options=options),
+            projector=transformer(modality),
         )
         for modality, generator in generators.items()
     }
@@ -439,34 +333,50 @@ def freeze_others(model: AnyGenModel, trains: Sequence[str]) -> None:
             part.requires_grad_(False)
 
 
-def load_generators(directories: Mapping[str, str], device: torch.device) -> dict[str, Generator]:
-    """Output modality -> generator, all of it frozen.
-
-    Raises:
-        ConfigError: a modality that anygen-mini does not make; lists those that it does.
-    """
-    if unknown := sorted(set(directories) - set(GENERATORS)):
-        raise ConfigError(f"anygen-mini does not make {', '.join(unknown)}; it makes {', '.join(GENERATORS)}")
-    return {
-        modality: lookup("generator", GENERATORS[modality]).from_pretrained(directory, device=device)
-        for modality, directory in directories.items()
-    }
-
-
-def wishes_of(recipe: InstructionRecipe, icons: IconSet) -> list[Wishes]:
-    """What can be asked for, one for each output modality.
-
-    Raises:
-        ConfigError: sounds are made, but the recipe names no sound bank.
-    """
-    if "audio" in recipe.generators and recipe.sounds is None:
-        raise ConfigError("the recipe makes audio, so it must name the sound bank: sounds: data/sounds")
+def wishes_of(modalities: Sequence[str], icons: IconSet, bank: SoundBank | None) -> list[Wishes]:
+    """What can be asked for, one for each output modality; audio needs a sound bank."""
     made: dict[str, Callable[[], Wishes]] = {
         "image": lambda: ImageWishes(icons.concepts),
         "video": lambda: ClipWishes(icons.concepts),
-        "audio": lambda: SoundWishes(load_sounds(str(recipe.sounds), None), icons.concepts),
+        "audio": lambda: SoundWishes(cast(SoundBank, bank), icons.concepts),
     }
-    return [made[modality]() for modality in recipe.generators]
+    return [made[modality]() for modality in modalities]
+
+
+def captions_of(wishes: Wishes, count: int, seed: int) -> list[str]:
+    """Captions of random wishes, to measure a generator's conditions by."""
+    rng = random.Random(f"{seed}/{wishes.modality}")
+    return [wishes.caption(wishes.wish(rng).content) for _ in range(count)]
+
+
+def begin_with_names(
+    recipe: InstructionRecipe, model: AnyGenModel, pools: Mapping[str, Pool], names: Sequence[str], told: Tensor
+) -> dict[str, dict[str, float]]:
+    """The input projectors remember the names, told as float[K, N, D], and meet them; `meet_names`'s figures."""
+    projectors = {modality: model.input_projectors[modality] for modality in pools}
+    shifts = {modality: part for modality, part in projectors.items() if isinstance(part, FeatureShift)}
+    (projector,) = (part for part in projectors.values() if isinstance(part, MemoryProjector))
+    remember(projector, shifts, pools, text_features(recipe.encoder, names, model.device), told)
+    noise = {modality: recipe.feature_noise * pool.features.std((0, 1)) for modality, pool in pools.items()}
+    parameters = [p for part in projectors.values() for p in part.parameters()]
+    return meet_names(model.project_input, parameters, pools, told, noise=noise, steps=recipe.name_steps)
+
+
+def check_modalities(recipe: InstructionRecipe, model: AnyGenModel) -> None:
+    """Refuses a start that does not read and make what the recipe trains.
+
+    Raises:
+        ConfigError: names what it lacks.
+    """
+    for verb, wanted, has in (
+        ("read", recipe.pools, model.settings.inputs),
+        ("make", recipe.generators, model.settings.outputs),
+    ):
+        if lacking := [modality for modality in wanted if modality not in has]:
+            raise ConfigError(
+                f"start: the model in {recipe.start} does not {verb} {', '.join(lacking)}, only {', '.join(has)}; "
+                "train without start"
+            )
 
 
 def train(recipe: InstructionRecipe, out: Path) -> dict[str, float]:
@@ -479,44 +389,45 @@ def train(recipe: InstructionRecipe, out: Path) -> dict[str, float]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     log = RunLog(out, "instruction")
     icons = load_icons(recipe.icons, recipe.checksum)
+    bank = load_sounds(recipe.sounds, recipe.sounds_checksum) if recipe.sounds is not None else None
     generators = load_generators(recipe.generators, device)
-    encoder = ImageBindEncoder.from_pretrained(recipe.encoder, modality="image").float().to(device)
-    pool = encode_pictures(PictureSource(icons, seed=recipe.seed + 3, device=device), encoder, recipe.pool)
-    wishes = wishes_of(recipe, icons)
+    pools = make_pools(recipe.pools, recipe.encoder, icons, bank, seed=recipe.seed + 3, device=device)
+    for modality, pool in pools.items():
+        log.write(pool=modality, media=len(pool.shown))
+    wishes, names = wishes_of(list(recipe.generators), icons, bank), names_of(icons, bank)
     dtype, llm_directory = torch.bfloat16 if recipe.bf16 else torch.float32, hub.resolve(recipe.llm)
-    config = settings(recipe, generators, encoder.feature_dim, len(icons.concepts))
+    feature_dim = ImageBindConfig.load(Path(recipe.encoder) / "config.json").out_dim
     if recipe.start is not None:
         model = AnyGenModel.from_pretrained(
             recipe.start, dtype=dtype, device=device, encoders=False, resolve=lambda _: llm_directory
         )
+        told = name_embeddings(model.llm, names, recipe.prompt_tokens)
         if recipe.renew:
-            model = renewed(recipe, config, model).to(device)
+            model = renewed(recipe, settings(recipe, generators, feature_dim, told), model).to(device)
+        check_modalities(recipe, model)
     else:
-        model = build(recipe, config, LLM.from_pretrained(llm_directory, dtype=dtype, device=device)).to(device)
-    deviation = pool.features.std((0, 1))
-    if recipe.start is None or "input_projectors" in recipe.renew:
-        projector = cast(MemoryProjector, model.input_projectors["image"])
-        labels = [concept.label for concept in icons.concepts]
-        projector.remember(text_features(recipe.encoder, labels).to(device), pool.features[:, 0].to(device))
-        names = name_embeddings(model.llm, labels, recipe.prompt_tokens)
-        noise = (recipe.feature_noise * deviation).to(device)
-        met = meet_names(projector, pool.features, pool.concepts, names, noise=noise, steps=recipe.name_steps)
-        log.write(names=len(labels), **met)
+        llm = LLM.from_pretrained(llm_directory, dtype=dtype, device=device)
+        told = name_embeddings(llm, names, recipe.prompt_tokens)
+        model = build(recipe, settings(recipe, generators, feature_dim, told), llm).to(device)
+    if pools and (recipe.start is None or "input_projectors" in recipe.renew):
+        for modality, met in begin_with_names(recipe, model, pools, names, told).items():
+            log.write(modality=modality, names=len(names), **met)
     model.alignment = AlignmentConfig(mse=1.0)
     model.alignment_weight = recipe.alignment_weight
-    for modality, generator in generators.items():
-        if isinstance(generator, LatentDiffusionGenerator):
-            model.set_metric(modality, {EMBEDS: attention_metric(generator.unet)})
+    for one in wishes:
+        captions = captions_of(one, 512, recipe.seed)
+        model.set_metric(one.modality, alignment_metrics(generators[one.modality], captions))
     freeze_others(model, recipe.trains)
     questions = random.Random(recipe.seed).sample(self_prompts(), min(recipe.answers, len(self_prompts())))
     answers = self_answers(model.llm, questions)
-    log.write(pictures=len(pool.shown), answers=len(answers))
+    log.write(answers=len(answers))
     for part, (trainable, total) in model.trainable_parameters().items():
         log.write(part=part, trainable=trainable, parameters=total)
-    conversations = Conversations(wishes, pool.shown, recipe.seed, recipe.mixture, answers)
+    shown = [seen for pool in pools.values() for seen in pool.shown]
+    conversations = Conversations(wishes, shown, recipe.seed, recipe.mixture, answers)
     batches = PackedBatches(
         Examples(conversations, model),
-        Collator({"image": pool.features}, generators, recipe.row_tokens),
+        Collator({name: pool.features for name, pool in pools.items()}, generators, model, recipe.row_tokens),
         batches=recipe.steps,
         rows=recipe.rows,
         width=recipe.row_tokens,
@@ -532,6 +443,7 @@ def train(recipe: InstructionRecipe, out: Path) -> dict[str, float]:
         max_grad_norm=1.0,
         dataloader_num_workers=recipe.workers,
         dataloader_prefetch_factor=4 if recipe.workers else None,
+        accelerator_config={"non_blocking": device.type == "cuda"},
         remove_unused_columns=False,
         save_strategy="no",
         report_to=[],
@@ -547,7 +459,7 @@ def train(recipe: InstructionRecipe, out: Path) -> dict[str, float]:
         data_collator=_only,
         callbacks=[Watch(recipe, out / "model")],
         generators=generators,
-        deviations={"image": deviation},
+        deviations={name: pool.features.std((0, 1)) for name, pool in pools.items()},
         recipe=recipe,
         log=log,
     )

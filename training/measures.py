@@ -48,6 +48,10 @@ class NearestIcon:
         own = self.vectors[self.icons.concept == concept]
         return bool(((own - self.vectors[icon]).norm(dim=1) < TWIN).any())
 
+    def label(self, icon: int) -> str:
+        """The name of what it shows."""
+        return self.icons.concepts[int(self.icons.concept[icon])].label
+
 
 def shrink(pictures: Tensor) -> Tensor:
     """float[B, 3, S, S] -> float[B, 3 * 32 * 32]."""

@@ -15,7 +15,7 @@ from anygen.llm import LLM
 from anygen.losses import lm_loss
 from anygen.messages import MediaPart, Message, TextPart
 from anygen.model import AnyGenModel, fill_slots
-from anygen.model_config import AnyGenConfig, SourceConfig
+from anygen.model_config import AnyGenConfig, ModalityConfig, PartConfig, SourceConfig
 from anygen.prompts import pad
 
 PICTURE, SOUND = (MediaPart(modality, media=None) for modality in ("image", "audio"))  # type: ignore
@@ -256,6 +256,29 @@ def test_an_llm_inside_the_directory_is_written_and_copied_on(
     second.save_pretrained(tmp_path / "second")
     third = AnyGenModel.from_pretrained(tmp_path / "second", encoders=False)
     torch.testing.assert_close(third(**batch(third)).loss, model(**batch(model)).loss, rtol=0, atol=0)
+
+
+def test_two_modalities_share_one_projector_which_is_saved_once(
+    tiny_llm: Callable[..., LLM], tiny_config: AnyGenConfig, tmp_path: Path
+) -> None:
+    image = tiny_config.inputs["image"]
+    shared = replace(image, projector=PartConfig(name="linear"), shares="image")
+    modalities = tiny_config.modalities | {"video": ModalityConfig(input=shared)}
+    model = AnyGenModel(replace(tiny_config, modalities=modalities), tiny_llm()).initialize(seed=0).eval()
+    own: Any = model.input_projectors["video"]
+    with torch.no_grad():
+        own.shift.fill_(0.5)
+        own.scale.fill_(2.0)
+    seen = torch.randn(3, 1, 6)
+    torch.testing.assert_close(model.media_tokens("video", seen), model.media_tokens("image", seen * 2 + 0.5))
+    resolve = write(model, tmp_path)
+    model.save_pretrained(tmp_path / "model")
+    keys = read_safetensors(tmp_path / "model", "projectors")
+    assert {key for key in keys if "video" in key} == {"input.video.scale", "input.video.shift"}
+    again = AnyGenModel.from_pretrained(tmp_path / "model", encoders=False, resolve=resolve)
+    torch.testing.assert_close(again.media_tokens("video", seen), model.media_tokens("video", seen), rtol=0, atol=0)
+    model.media_tokens("video", seen).sum().backward()
+    assert all(p.grad is not None for name in ("image", "video") for p in model.input_projectors[name].parameters())
 
 
 def test_missing_and_stray_keys_are_listed(tiny_model: Make, tmp_path: Path) -> None:

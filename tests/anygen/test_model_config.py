@@ -47,6 +47,27 @@ def test_a_part_lies_in_one_place_inside_the_directory() -> None:
         SourceConfig(path="llm", repo="org/llm")
 
 
+def reads(**inputs: dict[str, object]) -> AnyGenConfig:
+    encoder = {"name": "imagebind", "source": {"path": "encoders/imagebind"}}
+    modalities = {m: {"input": {"encoder": encoder, "feature_dim": 6} | own} for m, own in inputs.items()}
+    return AnyGenConfig.from_dict(SHORT | {"modalities": modalities})
+
+
+def test_an_input_shares_a_projector_that_there_is() -> None:
+    config = reads(image={"projector": {"name": "mlp"}}, video={"shares": "image"})
+    assert config.inputs["video"].shares == "image" and config.inputs["image"].shares is None
+    with pytest.raises(ConfigError, match="video shares the projector of audio, which has none; .* their own: image"):
+        reads(image={}, video={"shares": "audio"})
+    with pytest.raises(ConfigError, match="video shares the projector of audio, which has none; .* their own: image"):
+        reads(image={}, audio={"shares": "image"}, video={"shares": "audio"})
+    with pytest.raises(ConfigError, match="shares the projector of video, which has none; .* their own: none"):
+        reads(video={"shares": "video"})
+    with pytest.raises(ConfigError, match="audio cannot share .* of image: its features are 7 wide, those of image 6"):
+        reads(image={}, audio={"shares": "image", "feature_dim": 7})
+    with pytest.raises(ConfigError, match="a 'projector' of its own or 'shares' that of image, not both"):
+        reads(image={}, video={"shares": "image", "projector": {"name": "mlp"}})
+
+
 def test_reading_it_needs_no_torch() -> None:
     code = "import sys, anygen.model_config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

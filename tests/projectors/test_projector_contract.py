@@ -14,7 +14,7 @@ SPECS = [
     ConditionSpec(shapes={"prompt_embeds": (5, 8)}),
     ConditionSpec(shapes={"generated_prompt_embeds": (2, 4), "prompt_embeds": (3, 6)}),
 ]
-SMALL_INPUT = {"memory": {"memories": 5, "width": 8}}
+SMALL_INPUT = {"memory": {"memories": 5, "words": 4, "width": 8}}
 SMALL = {"text_fc": {"width": 16, "heads": 2, "ffn": 16}, "mlp": {"width": 16}}
 
 

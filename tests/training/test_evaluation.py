@@ -31,7 +31,16 @@ from anygen.model_config import (
 )
 from anygen.training import evaluation_cases
 from anygen.training.captions import NUMBERS, Drawing, canonical
-from anygen.training.evaluation import ask, draw_captions, draw_requests, evaluate, judge, name_pictures, small_talk
+from anygen.training.evaluation import (
+    MEDIA_KINDS,
+    ask,
+    draw_captions,
+    draw_requests,
+    evaluate,
+    judge,
+    name_pictures,
+    small_talk,
+)
 from anygen.training.evaluation_cases import (
     CONTROLS,
     QUESTIONS,
@@ -43,6 +52,7 @@ from anygen.training.evaluation_cases import (
     phrase,
     routing_cases,
 )
+from anygen.training.evaluation_media_cases import media_requests
 from anygen.training.evaluation_report import Asked, Drawn, EvaluationResult, Named, Row, write_report
 from anygen.training.icons import IconSet
 from anygen.training.measures import NearestIcon, on_white
@@ -124,7 +134,7 @@ def test_no_training_wording_is_held_out() -> None:
     """Every string of the modules and word lists that the training reads, slots and marks aside, is another."""
     folder = Path(evaluation_cases.__file__).parent
     strings: set[str] = set()
-    for name in ("requests.py", "phrases.py", "wishes.py", "instruction.py"):
+    for name in ("requests.py", "phrases.py", "wishes.py", "instruction.py", "naming.py"):
         nodes = ast.walk(ast.parse((folder / name).read_text(encoding="utf-8")))
         strings |= {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)}
     for path in folder.glob("words/*"):
@@ -132,6 +142,7 @@ def test_no_training_wording_is_held_out() -> None:
             text = path.read_text(encoding="utf-8")
             strings |= set(re.findall(r'"([^"]*)"', text)) if path.suffix == ".json" else set(text.splitlines())
     held = [text for templates in held_out_requests().values() for text in templates] + held_out_chat()
+    held += [request.text for kind in MEDIA_KINDS for request in media_requests(kind)]
     assert not set(map(_bare, [*held, *QUESTIONS])) & set(map(_bare, strings))
 
 
@@ -230,21 +241,24 @@ def test_a_request_that_is_answered_by_words_draws_nothing(
 def test_modalities_are_told_by_the_runs_of_the_answer(model: AnyGenModel) -> None:
     cases = [("Draw a ball.", "image"), ("What is a ball?", "text")]
     teach(model, "media", [message for message, _ in cases])
-    assert all(asked.media > 0 for asked in ask(model, cases))
+    assert all(asked.made[0] == "image" for asked in ask(model, cases))
     teach(model, "words", [message for message, _ in cases])
-    assert [(asked.media, asked.hit) for asked in ask(model, cases, batch_size=1)] == [(0, False), (0, True)]
+    assert [(asked.made, asked.hit) for asked in ask(model, cases, batch_size=1)] == [((), False), ((), True)]
 
 
 @pytest.mark.parametrize(
-    ("wanted", "hits"),
+    ("makes", "hits"),
     [
-        ("text", [True, False, False, False]),
-        ("image", [False, True, False, False]),
-        ("images", [False, False, True, True]),
+        ((), [True, False, False, False, False]),
+        (("image",), [False, True, False, False, False]),
+        (None, [False, False, True, False, False]),
+        (("image", "audio"), [False, False, False, True, False]),
+        (("audio", "image"), [False, False, False, False, True]),
     ],
 )
-def test_each_modality_has_its_number_of_media(wanted: str, hits: list[bool]) -> None:
-    assert [Asked(message="", wanted=wanted, media=media).hit for media in range(4)] == hits
+def test_an_answer_holds_what_was_asked_for_in_that_order(makes: tuple[str, ...] | None, hits: list[bool]) -> None:
+    answers = [(), ("image",), ("image", "image"), ("image", "audio"), ("audio", "image")]
+    assert [Asked(message="", wanted="", makes=makes, made=made).hit for made in answers] == hits
 
 
 def test_small_talk_is_the_base_model_s_own(model: AnyGenModel) -> None:
@@ -344,13 +358,16 @@ def test_a_report_lists_pictures_names_and_misrouted_messages(tmp_path: Path) ->
         Drawn(asked="c", seed=5, picture=None, answer="", looks_like="", hit=False),
     ]
     named = [Named(picture=red, question="What?", answer="a\nball", label="red circle", hit=False)]
-    asked = [Asked(message="Draw!", wanted="image", media=0), Asked(message="fine", wanted="text", media=0)]
+    asked = [
+        Asked(message="Draw!", wanted="image", makes=("image",), made=()),
+        Asked(message="fine", wanted="text", makes=(), made=()),
+    ]
     result = EvaluationResult(suite="mini", model="m", icons="c", device="cpu", rows=())
     write_report(result, tmp_path, drawn=drawn, named=named, asked=asked)
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "| 1 | a \\| b | Here. |  | 4 |" in text and "| 2 | c |  | nothing | 5 |" in text
     assert "| 1 | What? | a ball | red circle | no |" in text
-    assert "| Draw! | image | 0 |" in text and "fine" not in text
+    assert "| Draw! | image | none |" in text and "fine" not in text
     with Image.open(tmp_path / "pictures.png") as sheet:
         assert sheet.getpixel((8, 20)) == (255, 0, 0) and sheet.getpixel((22 + 8, 20)) == (225, 225, 225)
     write_report(result, tmp_path)  # over the first
