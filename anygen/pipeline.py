@@ -8,7 +8,6 @@ messages ─ encoders ─ LLM ─ output projectors ─► plan ─ generators �
 `pipe(x)` is `render(plan(x))`; `stream(x)` does the same event by event.
 """
 
-import math
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from collections.abc import Generator as PythonGenerator
@@ -28,7 +27,19 @@ from anygen.media import Media, MediaLimits
 from anygen.messages import Message, TextPart, is_batch, parse_batch, parse_one
 from anygen.model import AnyGenModel
 from anygen.model_config import AnyGenConfig
-from anygen.planning import Clock, chunks, conditions_of, plan_batch, read_media, seeds_of
+from anygen.planning import (
+    TIMED,
+    Clock,
+    asked_for,
+    check_making,
+    chunks,
+    conditions_of,
+    decoding_config,
+    places_of,
+    plan_batch,
+    read_media,
+    seeds_of,
+)
 from anygen.progress import progress_bars, quiet_libraries
 from anygen.prompts import Prompt
 from anygen.reply import MadePart, PlannedPart, Reply, ReplyPart, caption_of
@@ -37,9 +48,6 @@ from anygen.streaming import Event, Finished, MediaDone, MediaStarted, TextDelta
 if TYPE_CHECKING:
     from anygen.chat import Chat
     from anygen.model_info import ModelInfo
-
-TIMED = ("video", "audio")
-"""Modalities whose media have a length."""
 
 
 class AnyGenPipeline:
@@ -215,7 +223,7 @@ class AnyGenPipeline:
             ConfigError: an option is out of range.
             OutOfMemoryError: the device has too little; says what helps.
         """
-        _check_making(steps, seconds)
+        check_making(steps, seconds)
         plan = self.plan(
             prompt,
             seed=seed,
@@ -262,7 +270,7 @@ class AnyGenPipeline:
         Takes and raises the same as a call.
         """
         conversations = parse_batch(prompt, limits=self.limits, allow_urls=self.allow_urls)
-        config = _decoding(max_new_tokens, max_media, temperature, top_p)
+        config = decoding_config(max_new_tokens, max_media, temperature, top_p)
         seeds = seeds_of(seed, len(conversations))
         plans: list[Reply] = []
         for batch in chunks(len(conversations), batch_size):
@@ -304,13 +312,13 @@ class AnyGenPipeline:
             ConfigError: a plan was made for another generator, or an option is out of range.
             OutOfMemoryError: the device has too little; says what helps.
         """
-        _check_making(steps, seconds)
+        check_making(steps, seconds)
         plans = [plan] if isinstance(plan, Reply) else list(plan)
         if seed is not None:
             plans = [replace(p, seed=s) for p, s in zip(plans, seeds_of(seed, len(plans)), strict=True)]
         clock = Clock()
         content = [list(p.content) for p in plans]
-        for modality, places in _places(plans).items():
+        for modality, places in places_of(plans).items():
             made = self._generate(
                 self.generator(modality),
                 [cast(PlannedPart, content[row][column]) for row, column, _ in places],
@@ -324,7 +332,7 @@ class AnyGenPipeline:
             for (row, column, _), part in zip(places, made, strict=True):
                 content[row][column] = part
         clock.lap("generators")
-        options = _asked(steps=steps, guidance_scale=guidance_scale, seconds=seconds)
+        options = asked_for(steps=steps, guidance_scale=guidance_scale, seconds=seconds)
         replies = [
             replace(p, content=tuple(parts), options=options, timings=dict(p.timings) | clock.laps) if p.is_plan else p
             for p, parts in zip(plans, content, strict=True)
@@ -357,9 +365,9 @@ class AnyGenPipeline:
         Prompt and options are checked at once, before the first event is asked for. Takes and raises the same as a
         call; a list of strings is one message here.
         """
-        _check_making(steps, seconds)
+        check_making(steps, seconds)
         conversation = parse_one(prompt, limits=self.limits, allow_urls=self.allow_urls)
-        config = _decoding(max_new_tokens, max_media, temperature, top_p)
+        config = decoding_config(max_new_tokens, max_media, temperature, top_p)
         given = self.model.prompts.prompt(conversation)
         chosen = seeds_of(seed, 1)[0]
         making = {"steps": steps, "guidance_scale": guidance_scale, "seconds": seconds}
@@ -432,10 +440,11 @@ class AnyGenPipeline:
         **options: Any,
     ) -> list[Media]:
         condition = generator.condition_spec.check(Condition.cat([part.condition for part in parts]))
-        if generator.modality not in TIMED or options.get("seconds") is None:
-            options.pop("seconds", None)
+        asked = asked_for(**options)
+        if generator.modality not in TIMED:
+            asked.pop("seconds", None)
         with memory():
-            return generator.generate(condition.to(self.device), seeds=seeds, on_step=on_step, **options)
+            return generator.generate(condition.to(self.device), seeds=seeds, on_step=on_step, **asked)
 
     def _stream(
         self, conversation: Sequence[Message], given: Prompt, seed: int, config: DecodingConfig, **options: Any
@@ -476,7 +485,7 @@ class AnyGenPipeline:
                 model=self.name,
                 seed=seed,
                 finish=finish,
-                options=_asked(**options) if made else {},
+                options=asked_for(**options) if made else {},
                 timings=clock.laps,
             )
         )
@@ -489,32 +498,3 @@ class AnyGenPipeline:
         made = MadePart(part.modality, media[0], part.caption, seed)
         yield MediaDone(index, made)
         return made
-
-
-def _places(plans: Sequence[Reply]) -> dict[str, list[tuple[int, int, int]]]:
-    """modality -> (plan, part, seed) of all that is to be made."""
-    places: dict[str, list[tuple[int, int, int]]] = {}
-    for row, plan in enumerate(plans):
-        index = 0
-        for column, part in enumerate(plan.content):
-            if isinstance(part, PlannedPart):
-                places.setdefault(part.modality, []).append((row, column, plan.seed + index))
-            index += not isinstance(part, TextPart)
-    return places
-
-
-def _check_making(steps: int | None, seconds: float | None) -> None:
-    if steps is not None and steps < 1:
-        raise ConfigError(f"steps is at least 1, got {steps}")
-    if seconds is not None and not 0 < seconds < math.inf:
-        raise ConfigError(f"seconds is a positive number, got {seconds:g}")
-
-
-def _decoding(max_new_tokens: int, max_media: int, temperature: float, top_p: float) -> DecodingConfig:
-    if max_media < 0:
-        raise ConfigError(f"max_media is not negative, got {max_media}")
-    return DecodingConfig(max_new_tokens=max_new_tokens, max_runs=max_media, temperature=temperature, top_p=top_p)
-
-
-def _asked(**options: Any) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}

@@ -3,6 +3,7 @@
 Shapes: M runs, S signal tokens of a run, D LLM width.
 """
 
+import math
 import secrets
 import time
 from collections.abc import Collection, Iterator, Sequence
@@ -22,6 +23,8 @@ from anygen.reply import PlannedPart, Reply, ReplyPart, caption_of
 
 _SEEDS = 2**63
 _DRAWN_SEEDS = 2**31  # short enough to be typed again
+TIMED = ("video", "audio")
+"""Modalities whose media have a length."""
 
 
 def plan_batch(
@@ -141,3 +144,43 @@ def seeds_of(seed: int | Sequence[int] | None, count: int) -> list[int]:
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < _SEEDS:
             raise ConfigError(f"a seed is a whole number from 0 to 2^63 - 1, got {value!r}")
     return cast(list[int], given)
+
+
+def decoding_config(max_new_tokens: int, max_media: int, temperature: float, top_p: float) -> DecodingConfig:
+    """The options of a call that decide how the LLM answers.
+
+    Raises:
+        ConfigError: one is out of range.
+    """
+    if max_media < 0:
+        raise ConfigError(f"max_media is not negative, got {max_media}")
+    return DecodingConfig(max_new_tokens=max_new_tokens, max_runs=max_media, temperature=temperature, top_p=top_p)
+
+
+def places_of(plans: Sequence[Reply]) -> dict[str, list[tuple[int, int, int]]]:
+    """modality -> (plan, part, seed) of all that is to be made."""
+    places: dict[str, list[tuple[int, int, int]]] = {}
+    for row, plan in enumerate(plans):
+        index = 0
+        for column, part in enumerate(plan.content):
+            if isinstance(part, PlannedPart):
+                places.setdefault(part.modality, []).append((row, column, plan.seed + index))
+            index += not isinstance(part, TextPart)
+    return places
+
+
+def check_making(steps: int | None, seconds: float | None) -> None:
+    """Refuses options of a call that no generator can follow.
+
+    Raises:
+        ConfigError: one is out of range.
+    """
+    if steps is not None and steps < 1:
+        raise ConfigError(f"steps is at least 1, got {steps}")
+    if seconds is not None and not 0 < seconds < math.inf:
+        raise ConfigError(f"seconds is a positive number, got {seconds:g}")
+
+
+def asked_for(**options: Any) -> dict[str, Any]:
+    """The options that were given."""
+    return {name: value for name, value in options.items() if value is not None}
