@@ -50,11 +50,22 @@ def lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return token_loss(logits[:, :-1][wanted], labels[:, 1:][wanted])
 
 
-def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """float[M, V], long[M] -> float32[]: mean cross-entropy, zero (and still differentiable) if M is 0."""
+def token_loss(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean cross-entropy, zero (and still differentiable) if M is 0.
+
+    Args:
+        logits: float[M, V].
+        targets: long[M].
+        weights: float[M], how much each target counts; None counts all alike.
+
+    Returns:
+        float32[].
+    """
     if not len(targets):
         return logits.float().sum()
-    return F.cross_entropy(logits.float(), targets)
+    if weights is None:
+        return F.cross_entropy(logits.float(), targets)
+    return (F.cross_entropy(logits.float(), targets, reduction="none") * weights).sum() / weights.sum()
 
 
 def caption_alignment_loss(

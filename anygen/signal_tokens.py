@@ -101,6 +101,22 @@ class SignalTokens(nn.Module):
                 spread = torch.randn(rows.shape, generator=generator).to(source.device)
                 rows.copy_(source.mean(0) + noise * source.std() * spread)
 
+    @torch.no_grad()
+    def adopt(self, other: "SignalTokens") -> None:
+        """Takes over the rows of another's tokens that have the same names; the others stay as they are.
+
+        Raises:
+            ConfigError: they are rows for another LLM.
+        """
+        if (other.width, other.head_rows is None) != (self.width, self.head_rows is None):
+            raise ConfigError(f"rows of width {other.width} do not fit an LLM of width {self.width}")
+        there = {string: row for row, string in enumerate(other.strings)}
+        pairs = [(row, there[string]) for row, string in enumerate(self.strings) if string in there]
+        own, given = (list(rows) for rows in zip(*pairs, strict=True))  # the routes at least
+        self.rows[own] = other.rows[given].to(self.rows)
+        if self.head_rows is not None and other.head_rows is not None:
+            self.head_rows[own] = other.head_rows[given].to(self.head_rows)
+
     def check_vocabulary(self, vocabulary: Collection[str]) -> None:
         """Refuses an LLM whose own tokens carry our names.
 

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from anygen.component import load_strict, read_safetensors
 from anygen.config import Config
 from anygen.encoders.imagebind import ImageBindModel
 from anygen.encoders.imagebind_config import ImageBindConfig
-from anygen.encoders.imagebind_inputs import normalised, token_ids
+from anygen.encoders.imagebind_inputs import load_tokenizer, normalised, token_ids
 from anygen.training.captions import canonical, caption_corpus, said, varied, with_article
 from anygen.training.contrastive_pools import ClipMatches, Matched, SoundMatches, clip_corpus
 from anygen.training.icons import Concept, IconSet
@@ -39,6 +40,9 @@ class ContrastiveRecipe(Config):
     """Directory of the built icon set."""
     checksum: str | None = None
     """The icon set's checksum; None accepts any."""
+    start: str | None = None
+    """Directory of an ImageBind that such a recipe trained, to go on from with its tokenizer; trunks that it lacks begin
+    untrained."""
     vocab_size: int = 4096
     variants: int = 8
     """Pictures composed of each icon."""
@@ -65,6 +69,8 @@ class ContrastiveRecipe(Config):
     """Of the vision trunk."""
     drop_patches: float = 0.5
     """Share of a picture's patches that a step leaves out: twice as fast, and a name must not hang on one detail."""
+    whole_from: float = 1.0
+    """The share of the run after which pictures are read whole, as they will be (FLIP, arXiv:2212.00794, section 3)."""
     ema: float = 0.998
     compile: bool = False
     seed: int = 0
@@ -230,13 +236,17 @@ def train(recipe: ContrastiveRecipe, out: Path) -> dict[str, float]:
     config = replace(
         config, vision=replace(config.vision, drop_path=recipe.drop_path, drop_patches=recipe.drop_patches)
     )
-    corpus = caption_corpus(icons.concepts, recipe.seed)
-    if recipe.clips:
-        corpus += clip_corpus(icons.concepts, recipe.seed)
-    if bank is not None:
-        corpus += sound_corpus(bank, recipe.seed)
-    tokenizer = train_tokenizer(corpus, vocab_size=recipe.vocab_size, context=context).backend_tokenizer
     model = ImageBindModel(config)
+    if recipe.start is not None:
+        tokenizer, taken = go_on_from(Path(recipe.start), model)
+        log.write(start=recipe.start, taken=taken)
+    else:
+        corpus = caption_corpus(icons.concepts, recipe.seed)
+        if recipe.clips:
+            corpus += clip_corpus(icons.concepts, recipe.seed)
+        if bank is not None:
+            corpus += sound_corpus(bank, recipe.seed)
+        tokenizer = train_tokenizer(corpus, vocab_size=recipe.vocab_size, context=context).backend_tokenizer
     log.write(parameters=sum(p.numel() for p in model.parameters()))
     objective: Any = _Objective(model, recipe)
     decayed = [p for p in model.parameters() if p.ndim > 1]
@@ -251,7 +261,11 @@ def train(recipe: ContrastiveRecipe, out: Path) -> dict[str, float]:
     clips = ClipMatches(icons, recipe.clips, words, seed=recipe.seed, device=device) if recipe.clips else None
     sounds = SoundMatches(bank, recipe.sound_pool, words, seed=recipe.seed, device=device) if bank is not None else None
     progress = Progress(recipe.steps, recipe.minutes)
+    patches: Any = model.modality_preprocessors["vision"]
     while not progress.done:
+        if patches.dropped and progress.fraction >= recipe.whole_from:
+            patches.dropped = 0
+            log.write(step=progress.step, whole=True)
         for group in optimizer.param_groups:
             group["lr"] = progress.learning_rate(recipe.learning_rate, warmup=300)
         pixels, names, captions, concepts = next(batches)
@@ -282,6 +296,24 @@ def train(recipe: ContrastiveRecipe, out: Path) -> dict[str, float]:
     tokenizer.save(str(out / "imagebind" / "tokenizer.json"))
     log.write(final=True, step=progress.step, **figures)
     return figures
+
+
+def go_on_from(directory: Path, model: ImageBindModel) -> tuple[Any, int]:
+    """Gives a model the trunks of the ImageBind in `directory`.
+
+    Returns:
+        Its tokenizer, and the number of parameters that were taken.
+
+    Raises:
+        CheckpointError: a trunk that both have is of another shape there; names the keys.
+        ConfigError: the tokenizer is missing or has more tokens than the text trunk.
+    """
+    state, own = read_safetensors(directory), model.state_dict()
+    there = {".".join(key.split(".")[:2]) for key in state}
+    load_strict(model, state | {k: v for k, v in own.items() if ".".join(k.split(".")[:2]) not in there}, str(directory))
+    assert model.config.text is not None
+    tokenizer = load_tokenizer(directory / "tokenizer.json", model.config.text.vocab_size)
+    return tokenizer, sum(value.numel() for value in state.values())
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from anygen.losses import IGNORED, token_loss
 from anygen.messages import MediaPart
 from anygen.model import AnyGenModel, AnyGenOutput
 from anygen.prompts import slot_ids
-from anygen.signal_tokens import WORDS
+from anygen.signal_tokens import MEDIA, WORDS
 from anygen.training.conditions import caption_tokens
 from anygen.training.packing import block_mask, rows_of, segments_of
 from anygen.training.requests import Conversations
@@ -59,12 +59,20 @@ class Collator:
         generators: output modality -> generator, with its text encoder.
         model: whose tokens these are.
         width: W, tokens of a row.
+        route_weight: of the loss at a route, in that of any other token.
     """
 
     def __init__(
-        self, features: Mapping[str, Tensor], generators: Mapping[str, Generator], model: AnyGenModel, width: int
+        self,
+        features: Mapping[str, Tensor],
+        generators: Mapping[str, Generator],
+        model: AnyGenModel,
+        width: int,
+        *,
+        route_weight: float = 1.0,
     ) -> None:
-        self.features, self.width = features, width
+        self.features, self.width, self.route_weight = features, width, route_weight
+        self.routes = torch.tensor([model.signal_tokens.id(route) for route in (WORDS, MEDIA)])
         self.signals, self.slots = model.signal_tokens, slot_ids(model.settings.slots)
         # Taken here, since text encoders are loaded when first asked for, and a forked worker cannot reach the GPU.
         self.texts = {modality: cast(Any, generator).text for modality, generator in generators.items()}
@@ -74,7 +82,7 @@ class Collator:
 
         Returns:
             `input_ids`, `labels`, `segments` and `position_ids`, long[R, W]; `learned` and `targets`, long[L], which
-            states (of the flat batch) predict which token; by modality `media` float[M, 1, C] and `slots` long[M * N],
+            states (of the flat batch) predict which token, and `weights` float32[L]; by modality `media` float[M, 1, C] and `slots` long[M * N],
             `captions` (token ids by name) and `runs` long[M, S], the places in the flat batch.
         """
         ids = [[example["ids"] for example in row] for row in rows]
@@ -93,13 +101,15 @@ class Collator:
         learned = torch.zeros_like(labels, dtype=torch.bool)
         learned[:, :-1] = labels[:, 1:] != IGNORED
         learned = learned.flatten().nonzero().flatten()
+        targets = labels.flatten()[learned + 1]
         return {
             "input_ids": input_ids,
             "labels": labels,
             "segments": segments,
             "position_ids": places,
             "learned": learned,
-            "targets": labels.flatten()[learned + 1],
+            "targets": targets,
+            "weights": 1 + (self.route_weight - 1) * torch.isin(targets, self.routes),
             "media": {modality: self.features[modality][numbers] for modality, numbers in media.items()},
             "slots": {name: (input_ids == self.slots[name]).flatten().nonzero().flatten() for name in media},
             "captions": {name: caption_tokens(self.texts[name], said) for name, said in captions.items()},
@@ -135,7 +145,9 @@ def packed_losses(
     hidden = decoder(embeds.view(*ids.shape, -1), block_mask(batch["segments"]), batch["position_ids"])
     states = hidden.flatten(0, 1)
     output = AnyGenOutput(hidden_states=hidden)
-    output.lm_loss = output.loss = token_loss(model.logits(states[batch["learned"]]), batch["targets"])
+    output.lm_loss = output.loss = token_loss(
+        model.logits(states[batch["learned"]]), batch["targets"], batch["weights"]
+    )
     losses = [
         model.alignment_loss(name, model.project(name, states[batch["runs"][name]]), target)
         for name, target in conditions.items()

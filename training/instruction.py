@@ -11,6 +11,7 @@ Differs from NExT-GPT: alignment distances are taken as the generator's cross-at
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -71,7 +72,8 @@ class InstructionRecipe(Config):
     llm: str = "smollm2-135m-instruct"
     """A name that the hub resolves, or a directory."""
     start: str | None = None
-    """Directory of a model that this recipe trained before, to go on from; its own sizes then hold."""
+    """Directory of a model that this recipe trained before, to go on from; its own sizes then hold. What it does not
+    make yet is added, what it does not read yet needs its input projector in `renew`."""
     checksum: str | None = None
     """The icon set's checksum; None accepts any."""
     sounds_checksum: str | None = None
@@ -119,6 +121,8 @@ class InstructionRecipe(Config):
     """Of input projectors, which know the names already."""
     lora_learning_rate: float = 5e-4
     alignment_weight: float = 3.0
+    route_weight: float = 3.0
+    """Of the token that decides between words and media, against one of an answer's words: talk has no other."""
     compile: bool = False
     """Compiles each of the LLM's layers and captures the decoder as a CUDA graph; the first step takes a minute."""
     bf16: bool = True
@@ -195,15 +199,19 @@ class InstructionTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> Any:
         """Three learning rates: the adapter's, the input projectors', and that of what begins from nothing."""
         if self.optimizer is None:
-            rates = {".lora_": self.recipe.lora_learning_rate, "input_projectors.": self.recipe.input_learning_rate}
-            groups: dict[float, list[torch.nn.Parameter]] = {}
+            recipe, parts = self.recipe, {".lora_": "adapter", "input_projectors.": "input"}
+            rates = {"adapter": recipe.lora_learning_rate, "input": recipe.input_learning_rate}
+            groups: dict[str, list[torch.nn.Parameter]] = {}
             for name, parameter in cast(torch.nn.Module, self.model).named_parameters():
                 if parameter.requires_grad:
-                    rate = next((r for part, r in rates.items() if part in name), self.recipe.learning_rate)
-                    groups.setdefault(rate, []).append(parameter)
+                    part = next((part for key, part in parts.items() if key in name), "output")
+                    groups.setdefault(part, []).append(parameter)
             fused = self.args.device.type == "cuda"
             self.optimizer = torch.optim.AdamW(
-                [{"params": parameters, "lr": rate} for rate, parameters in groups.items()],
+                [
+                    {"params": group, "lr": rates.get(part, recipe.learning_rate), "part": part}
+                    for part, group in groups.items()
+                ],
                 betas=(0.9, 0.98),
                 weight_decay=0.01,
                 fused=fused,
@@ -215,11 +223,16 @@ class InstructionTrainer(Trainer):
         if self.lr_scheduler is None:
             progress = Progress(self.recipe.steps, self.recipe.minutes)
 
-            def factor(step: int) -> float:
+            def factor(step: int, warmup: int = 100) -> float:
                 progress.step = step
-                return progress.learning_rate(1.0, warmup=100)
+                return progress.learning_rate(1.0, warmup=warmup)
 
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
+            optimizer = optimizer or self.optimizer
+            # An adapter that knows its work is not to follow the first gradients of projectors that know nothing.
+            knows = self.recipe.start is not None and bool(self.recipe.renew)
+            slow = partial(factor, warmup=1000) if knows else factor
+            by_group = [slow if group["part"] == "adapter" else factor for group in optimizer.param_groups]
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, by_group)
         return self.lr_scheduler
 
 
@@ -305,17 +318,23 @@ def build(recipe: InstructionRecipe, config: AnyGenConfig, llm: LLM) -> AnyGenMo
 
 
 def renewed(recipe: InstructionRecipe, config: AnyGenConfig, model: AnyGenModel) -> AnyGenModel:
-    """The model with the parts of `recipe.renew` made anew, as `config` has them; the others are kept.
+    """The model with the parts of `recipe.renew` made anew, as `config` has them, and with those that it lacks.
+
+    The others are kept: signal rows by their names, projectors by their modalities.
 
     Raises:
         ConfigError: it is not projectors that are to be made anew, or what is kept has other sizes in `config`.
     """
     if unknown := sorted(set(recipe.renew) - {"input_projectors", "output_projectors"}):
         raise ConfigError(f"only input_projectors and output_projectors can be made anew, not {', '.join(unknown)}")
-    fresh = AnyGenModel(config, model.llm)
-    for name in ("signal_tokens", "input_projectors", "output_projectors"):
+    fresh = AnyGenModel(config, model.llm).initialize(seed=recipe.seed)
+    fresh.signal_tokens.adopt(model.signal_tokens)
+    for name in ("input_projectors", "output_projectors"):
         if name not in recipe.renew:
-            load_strict(getattr(fresh, name), getattr(model, name).state_dict(), f"{recipe.start}: {name}")
+            known = getattr(model, name)
+            for modality, part in getattr(fresh, name).items():
+                if modality in known:
+                    load_strict(part, known[modality].state_dict(), f"{recipe.start}: {name}.{modality}")
     return fresh
 
 
@@ -362,21 +381,18 @@ def begin_with_names(
     return meet_names(model.project_input, parameters, pools, told, noise=noise, steps=recipe.name_steps)
 
 
-def check_modalities(recipe: InstructionRecipe, model: AnyGenModel) -> None:
-    """Refuses a start that does not read and make what the recipe trains.
+def check_inputs(recipe: InstructionRecipe, model: AnyGenModel) -> None:
+    """Refuses a start that does not read what the recipe asks about.
 
     Raises:
         ConfigError: names what it lacks.
     """
-    for verb, wanted, has in (
-        ("read", recipe.pools, model.settings.inputs),
-        ("make", recipe.generators, model.settings.outputs),
-    ):
-        if lacking := [modality for modality in wanted if modality not in has]:
-            raise ConfigError(
-                f"start: the model in {recipe.start} does not {verb} {', '.join(lacking)}, only {', '.join(has)}; "
-                "train without start"
-            )
+    has = model.settings.inputs
+    if lacking := [modality for modality in recipe.pools if modality not in has]:
+        raise ConfigError(
+            f"start: the model in {recipe.start} does not read {', '.join(lacking)}, only {', '.join(has)}; "
+            "train without start, or with renew=[input_projectors]"
+        )
 
 
 def train(recipe: InstructionRecipe, out: Path) -> dict[str, float]:
@@ -402,9 +418,10 @@ def train(recipe: InstructionRecipe, out: Path) -> dict[str, float]:
             recipe.start, dtype=dtype, device=device, encoders=False, resolve=lambda _: llm_directory
         )
         told = name_embeddings(model.llm, names, recipe.prompt_tokens)
-        if recipe.renew:
+        if "input_projectors" not in recipe.renew:
+            check_inputs(recipe, model)
+        if recipe.renew or set(recipe.generators) - set(model.settings.outputs):
             model = renewed(recipe, settings(recipe, generators, feature_dim, told), model).to(device)
-        check_modalities(recipe, model)
     else:
         llm = LLM.from_pretrained(llm_directory, dtype=dtype, device=device)
         told = name_embeddings(llm, names, recipe.prompt_tokens)
@@ -427,7 +444,13 @@ def train(recipe: InstructionRecipe, out: Path) -> dict[str, float]:
     conversations = Conversations(wishes, shown, recipe.seed, recipe.mixture, answers)
     batches = PackedBatches(
         Examples(conversations, model),
-        Collator({name: pool.features for name, pool in pools.items()}, generators, model, recipe.row_tokens),
+        Collator(
+            {name: pool.features for name, pool in pools.items()},
+            generators,
+            model,
+            recipe.row_tokens,
+            route_weight=recipe.route_weight,
+        ),
         batches=recipe.steps,
         rows=recipe.rows,
         width=recipe.row_tokens,

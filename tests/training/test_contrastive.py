@@ -1,6 +1,7 @@
 """Batches, augmentation and run of the encoder's contrastive training."""
 
 import json
+from dataclasses import replace
 from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from anygen.component import read_safetensors
 from anygen.encoders.imagebind import ImageBindEncoder
 from anygen.encoders.imagebind_clips import sound_values
 from anygen.encoders.imagebind_inputs import token_ids
@@ -88,6 +90,23 @@ def test_a_run_writes_an_encoder(large_icons_dir: Path, tmp_path: Path) -> None:
     assert text(**text.preprocess(["a red circle"])).values.shape[-1] == one.feature_dim
     rows = [json.loads(line) for line in (tmp_path / "contrastive.jsonl").read_text().splitlines()]
     assert rows[1]["step"] == 2 and rows[1]["images"] == 12 and rows[-1]["final"]
+
+
+def test_a_run_goes_on_from_another_and_adds_the_trunk_that_it_lacks(
+    large_icons_dir: Path, sound_bank_dir: Path, tmp_path: Path
+) -> None:
+    first = ContrastiveRecipe(icons=str(large_icons_dir), vocab_size=400, concepts_per_batch=3, steps=1)
+    train(first, tmp_path / "one")
+    start = str(tmp_path / "one" / "imagebind")
+    still = replace(first, start=start, sounds=str(sound_bank_dir), sound_pool=8, sounds_per_batch=4, measured=4)
+    train(replace(still, learning_rate=0.0, whole_from=0.0, ema=0.0), tmp_path / "two")
+    one, two = (read_safetensors(tmp_path / name / "imagebind") for name in ("one", "two"))
+    assert all(torch.equal(value, two[key]) for key, value in one.items())
+    assert {key.split(".")[1] for key in two.keys() - one.keys()} == {"audio"}
+    tokenizers = [(tmp_path / name / "imagebind" / "tokenizer.json").read_text() for name in ("one", "two")]
+    assert json.loads(tokenizers[0])["model"] == json.loads(tokenizers[1])["model"]
+    rows = [json.loads(line) for line in (tmp_path / "two" / "contrastive.jsonl").read_text().splitlines()]
+    assert any(row.get("whole") for row in rows)
 
 
 def words_of(tokenizer: Any) -> Any:

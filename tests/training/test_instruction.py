@@ -229,6 +229,15 @@ def test_what_the_recipe_cannot_train_is_told_before_anything_is_made(
     instruction.train(one, tmp_path / "one")
     with pytest.raises(ConfigError, match=r"start: the model in .* does not read video, audio, only image; train"):
         instruction.train(recipe(parts, start=str(tmp_path / "one" / "model")), tmp_path / "two")
+    more = recipe(parts, start=str(tmp_path / "one" / "model"), renew=("input_projectors",), steps=1, learning_rate=0.0)
+    instruction.train(more, tmp_path / "four")
+    one_model, grown = (load(tmp_path / name, parts) for name in ("one", "four"))
+    assert list(grown.settings.outputs) == list(grown.settings.inputs) == ["image", "video", "audio"]
+    kept = one_model.output_projectors["image"].state_dict()
+    assert all(torch.equal(value, kept[key]) for key, value in grown.output_projectors["image"].state_dict().items())
+    for string in one_model.signal_tokens.strings:
+        rows = [model.signal_tokens.rows[model.signal_tokens.strings.index(string)] for model in (one_model, grown)]
+        torch.testing.assert_close(*rows)
     with pytest.raises(ConfigError, match="does not make video; it makes image"):
         alignment.train(
             alignment.AlignmentRecipe(
