@@ -72,7 +72,8 @@ class Video(Media):
         try:
             with av.open(io.BytesIO(data)) as container:
                 if not container.streams.video:
-                    raise MediaError(f"{name} holds no video track ({sniff(data)})")
+                    hint = "; it holds sound: pass it as audio" if container.streams.audio else ""
+                    raise MediaError(f"{name} holds no video track ({sniff(data)}){hint}")
                 stream = container.streams.video[0]
                 fps = float(stream.average_rate or stream.guessed_rate or 0)
                 seconds = float(container.duration or 0) / av.time_base
@@ -200,6 +201,9 @@ class Video(Media):
 class Audio(Media):
     """A sound.
 
+    What is read keeps its rate (8 or 96 kHz alike), its channels (one, stereo, 7.1) and its silence; 24 bits are read
+    exactly. Encoders resample it and take the mean of the channels. An MP4 or WebM file gives its first sound track.
+
     >>> tone = Audio(0.5 * np.sin(np.linspace(0, 440 * 2 * np.pi, 16000)), 16000)
     >>> tone
     Audio(1.00 s, 1 × 16,000 Hz)
@@ -240,6 +244,8 @@ class Audio(Media):
 
     @classmethod
     def _decode(cls, data: bytes, name: str, limits: MediaLimits) -> Self:
+        if sniff(data) in _CONTAINERS:
+            return cls._decode_track(data, name, limits)
         soundfile = optional_module("soundfile", "reading a sound file")
         try:
             with soundfile.SoundFile(io.BytesIO(data)) as file:
@@ -250,11 +256,40 @@ class Audio(Media):
         except soundfile.LibsndfileError as error:
             raise MediaError(
                 f"{name} is not a sound that can be read ({error.error_string}): its content is {sniff(data)}; "
-                "wanted: WAV, FLAC, Ogg or MP3"
+                "wanted: WAV, FLAC, Ogg, MP3, or an MP4 or WebM file with sound"
             ) from None
-        if not len(samples):
+        return cls._of_file(samples.T, rate, name)
+
+    @classmethod
+    def _decode_track(cls, data: bytes, name: str, limits: MediaLimits) -> Self:
+        av = optional_module("av", "reading the sound of an MP4 or WebM file")
+        blocks: list[NDArray[np.float32]] = []
+        try:
+            with av.open(io.BytesIO(data)) as container:
+                if not container.streams.audio:
+                    hint = "; it holds pictures: pass it as a video" if container.streams.video else ""
+                    raise MediaError(f"{name} holds no sound track ({sniff(data)}){hint}")
+                stream = container.streams.audio[0]
+                sample = 4 * stream.channels  # bytes
+                seconds = float(container.duration or 0) / av.time_base
+                limits.check_length(seconds=seconds, decoded_bytes=round(seconds * stream.rate) * sample, name=name)
+                planar = av.AudioResampler(format="fltp", layout=stream.layout, rate=stream.rate)
+                decoding, count = container.decode(stream), 0
+                while (frame := _next_intact(decoding, blocks, av.FFmpegError)) is not None:
+                    blocks += [block.to_ndarray() for block in planar.resample(frame)]
+                    count += frame.samples  # a header may understate what follows
+                    limits.check_length(seconds=count / stream.rate, decoded_bytes=count * sample, name=name)
+        except av.FFmpegError as error:
+            raise MediaError(f"the sound of {name} cannot be read ({error.strerror}): it is {sniff(data)}") from None
+        return cls._of_file(np.concatenate(blocks, axis=1) if blocks else np.zeros((1, 0)), stream.rate, name)
+
+    @classmethod
+    def _of_file(cls, samples: NDArray[Any], rate: int, name: str) -> Self:
+        if not samples.size:
             raise MediaError(f"{name} holds no sample")
-        return cls(samples.T, rate)
+        if not np.isfinite(samples).all():
+            raise MediaError(f"{name} holds samples that are NaN or infinite; it was not written as it should be")
+        return cls(samples, rate)
 
     @classmethod
     def _convert(cls, value: object) -> Self:
@@ -284,6 +319,10 @@ class Audio(Media):
 
     def __repr__(self) -> str:
         return f"Audio({self.seconds:.2f} s, {len(self.samples)} × {self.sampling_rate:,} Hz)"
+
+
+_CONTAINERS = ("an MP4 or HEIF file", "a Matroska or WebM video")
+"""What `sniff` calls files whose sound PyAV reads."""
 
 
 def _next_intact(decoding: Iterator[Any], before: list[Any], damage: type[Exception]) -> Any:

@@ -162,16 +162,28 @@ def decode(
     config, stats = config or DecodingConfig(), stats or DecodingStats()
     if config.temperature > 0 and (seeds is None or len(seeds) != len(prompts)):
         raise ConfigError(f"temperature {config.temperature} needs one seed a prompt, {len(prompts)} in all")
-    limit = model.llm.context_length
-    for prompt in prompts:
-        longest = max(len(prompt.ids), len(prompt.base_ids)) + 1
-        if limit is not None and longest >= limit:
-            raise MessageError(f"the conversation has {longest} tokens, and the LLM reads at most {limit}")
+    check_fits(model, prompts)
     drawn: Sequence[int | None] = seeds if config.temperature > 0 and seeds else [None] * len(prompts)
     speakers = [
         _Speaker(model, sample, config, seed=seed, drawable=drawable, stats=stats) for sample, seed in enumerate(drawn)
     ]
     return _decode(model, prompts, media, config, speakers, stats)
+
+
+def check_fits(model: AnyGenModel, prompts: Sequence[Prompt]) -> None:
+    """Refuses prompts that leave no room for an answer; `decode` does so itself, after the media were encoded.
+
+    Raises:
+        MessageError: tells the tokens, how many of them stand for media, and the LLM's limit.
+    """
+    limit = model.llm.context_length
+    for prompt in prompts:
+        longest = max(len(prompt.ids), len(prompt.base_ids)) + 1
+        if limit is None or longest < limit:
+            continue
+        slots = sum(token < 0 for token in prompt.ids)
+        share = f" ({slots} of them stand for {len(prompt.media)} media)" if prompt.media else ""
+        raise MessageError(f"the conversation has {longest} tokens{share}, and the LLM reads at most {limit}")
 
 
 def _decode(

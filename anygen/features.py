@@ -9,6 +9,7 @@ from typing import Self
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from anygen.errors import CheckpointError, ConfigError
 
@@ -21,6 +22,17 @@ class Features:
     """float[B, T, C]."""
     mask: Tensor
     """bool[B, T], false where a sample is padded."""
+
+    @classmethod
+    def cat(cls, parts: Sequence["Features"]) -> Self:
+        """Joins batches; samples of the shorter ones are padded behind their tokens with zeros."""
+        longest = max(part.values.shape[1] for part in parts)
+        values, masks = [], []
+        for part in parts:
+            missing = longest - part.values.shape[1]
+            values.append(F.pad(part.values, (0, 0, 0, missing)))
+            masks.append(F.pad(part.mask, (0, missing)))
+        return cls(torch.cat(values), torch.cat(masks))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,19 +1,18 @@
-"""From what a user says (a name, "cuda", "bf16") to a directory, a device, a type, and generators loaded on demand."""
+"""From what a user says (a name, "cuda", "bf16") to a directory, a device, a type, a loaded generator."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Lock
 from typing import Any, cast
 
 import torch
 
 from anygen import hub
-from anygen.errors import AnyGenError, CheckpointError, ConfigError, ModalityError, OutOfMemoryError
+from anygen.errors import AnyGenError, CheckpointError, ConfigError, OutOfMemoryError
 from anygen.generators.base import Generator
 from anygen.model import CONFIG
-from anygen.model_config import AnyGenConfig, OutputConfig, SourceConfig
+from anygen.model_config import OutputConfig, SourceConfig
 from anygen.registry import lookup
 
 DTYPES = {
@@ -71,57 +70,6 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
     return chosen
 
 
-class Generators(Mapping[str, Generator]):
-    """Modality -> generator, each loaded when it is first asked for and kept.
-
-    Args:
-        sources: modality -> a function that loads its generator, or the generator.
-    """
-
-    def __init__(self, sources: Mapping[str, Generator | Callable[[], Generator]]) -> None:
-        self._sources, self._lock = dict(sources), Lock()
-
-    @classmethod
-    def of(
-        cls, directory: Path, config: AnyGenConfig, wanted: Sequence[str], device: torch.device, dtype: torch.dtype
-    ) -> "Generators":
-        """Those of a model's directory.
-
-        Raises:
-            ModalityError: the model has no generator for a wanted modality.
-            CheckpointError: a generator's directory is missing.
-        """
-        sources: dict[str, Generator | Callable[[], Generator]] = {}
-        for modality in wanted:
-            if modality not in config.outputs:
-                has = ", ".join(config.outputs) or "none"
-                raise ModalityError(f"the model has no generator for {modality}; it has: {has}")
-            output = config.outputs[modality]
-            find_generator(directory, output.generator.source, fetch=False)
-            sources[modality] = lambda output=output: load_generator(directory, output, device, dtype)
-        return cls(sources)
-
-    def __getitem__(self, modality: str) -> Generator:
-        with self._lock:
-            source = self._sources[modality]
-            if not isinstance(source, Generator):
-                self._sources[modality] = source = source()
-        return source
-
-    def __contains__(self, modality: object) -> bool:
-        return modality in self._sources
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._sources)
-
-    def __len__(self) -> int:
-        return len(self._sources)
-
-    def loaded(self) -> dict[str, Generator]:
-        """Those that have been loaded."""
-        return {modality: source for modality, source in self._sources.items() if isinstance(source, Generator)}
-
-
 def find_generator(directory: Path, source: SourceConfig, *, fetch: bool = True) -> Path | None:
     """Where a generator lies; None if it would have to be fetched and may not.
 
@@ -168,7 +116,10 @@ def memory() -> Iterator[None]:
         raise OutOfMemoryError(_REMEDY.format(_first_line(error))) from error
 
 
-_REMEDY = "not enough memory ({}); lower batch_size, pass dtype='bfloat16', restrict generators=[…], or device='cpu'"
+_REMEDY = (
+    "not enough memory ({}); lower batch_size, pass dtype='bfloat16' or offload='after_use', restrict generators=[…], "
+    "or take device='cpu'"
+)
 
 
 def _first_line(error: Any) -> str:

@@ -11,6 +11,7 @@ messages ─ encoders ─ LLM ─ output projectors ─► plan ─ generators �
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from collections.abc import Generator as PythonGenerator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, cast, overload
@@ -18,17 +19,16 @@ from typing import TYPE_CHECKING, Any, Literal, Self, cast, overload
 import torch
 
 from anygen import decoding
-from anygen.decoding import DecodingConfig, Run, decode
+from anygen.decoding import DecodingConfig, Run, check_fits, decode
 from anygen.errors import ConfigError, ModalityError
-from anygen.features import Condition
-from anygen.generators.base import Generator, StepCallback
-from anygen.loading import Generators, choose_device, choose_dtype, memory, model_directory
-from anygen.media import Media, MediaLimits
+from anygen.generators.base import Generator
+from anygen.loading import choose_device, choose_dtype, memory, model_directory
+from anygen.media import MediaLimits
 from anygen.messages import Message, TextPart, is_batch, parse_batch, parse_one
 from anygen.model import AnyGenModel
 from anygen.model_config import AnyGenConfig
+from anygen.offload import Generators, check_offload
 from anygen.planning import (
-    TIMED,
     Clock,
     asked_for,
     check_making,
@@ -40,10 +40,11 @@ from anygen.planning import (
     read_media,
     seeds_of,
 )
-from anygen.progress import progress_bars, quiet_libraries
+from anygen.progress import quiet_libraries
 from anygen.prompts import Prompt
+from anygen.rendering import make_all, make_stepwise
 from anygen.reply import MadePart, PlannedPart, Reply, ReplyPart, caption_of
-from anygen.streaming import Event, Finished, MediaDone, MediaStarted, TextDelta, steps_of
+from anygen.streaming import Event, Finished, MediaStarted, TextDelta
 
 if TYPE_CHECKING:
     from anygen.chat import Chat
@@ -67,7 +68,7 @@ class AnyGenPipeline:
 
     Attributes:
         model: as given.
-        generators: as given; those of a directory are loaded when first used, and stay.
+        generators: as given; those of a directory are loaded when first used, and stay or go as `offload` says.
         limits: which media to refuse.
         allow_urls: whether messages may name media by http and https addresses.
     """
@@ -99,7 +100,9 @@ class AnyGenPipeline:
             name_or_dir: None is the embedded default, anygen-mini.
             device: by default CUDA, else Apple's MPS, else the CPU.
             dtype: of LLM and generators; by default bfloat16 on CUDA and float32 elsewhere.
-            offload: reserved.
+            offload: which generators stay in memory. "auto", the default: all, as long as there is room; one that is
+                wanted puts away those that were used longest ago. "resident": all. "after_use": none; each goes once
+                its media are made. See `anygen.offload`.
             quantization: reserved.
             generators: the modalities that may be made; by default all that the model has. False loads none: the
                 pipeline then plans, and another one renders.
@@ -107,18 +110,18 @@ class AnyGenPipeline:
         Raises:
             HubError: there is no such model.
             CheckpointError: it is damaged, or is no anygen model.
-            ConfigError: device or dtype are unknown or not there, or `offload` or `quantization` is asked for.
+            ConfigError: device, dtype or `offload` are unknown or not there, or `quantization` is asked for.
             ModalityError: the model has no generator for one of `generators`.
         """
-        for name, value in (("offload", offload), ("quantization", quantization)):
-            if value is not None:
-                raise ConfigError(f"{name} is not supported yet, got {value!r}; leave it out")
+        if quantization is not None:
+            raise ConfigError(f"quantization is not supported yet, got {quantization!r}; leave it out")
+        policy = check_offload("auto" if offload is None else offload)
         chosen = choose_device(device)
         kind = choose_dtype(dtype, chosen)
         directory = model_directory(name_or_dir)
         settings = AnyGenConfig.load(directory / "anygen.json")
         wanted = list(settings.outputs) if generators in (None, True) else list(cast(Any, generators) or ())
-        makers = Generators.of(directory, settings, wanted, chosen, kind)
+        makers = Generators.of(directory, settings, wanted, chosen, kind, offload=policy)
         with quiet_libraries(), memory():
             model = AnyGenModel.from_pretrained(directory, dtype=kind, device=chosen)
         return cls(model, makers)
@@ -165,9 +168,7 @@ class AnyGenPipeline:
         Raises:
             ModalityError: there is none here; says which there are.
         """
-        if modality not in self.generators:
-            here = ", ".join(self.generators) or "none"
-            raise ModalityError(f"there is no generator for {modality} in this pipeline; it has: {here}")
+        self._check_generator(modality)
         return self.generators[modality]
 
     @overload
@@ -276,7 +277,13 @@ class AnyGenPipeline:
         for batch in chunks(len(conversations), batch_size):
             with memory():
                 plans += plan_batch(
-                    self.model, conversations[batch], seeds[batch], config, drawable=self.drawable, name=self.name
+                    self.model,
+                    conversations[batch],
+                    seeds[batch],
+                    config,
+                    drawable=self.drawable,
+                    name=self.name,
+                    batch_size=batch_size,
                 )
         return plans if is_batch(prompt) else plans[0]
 
@@ -319,8 +326,8 @@ class AnyGenPipeline:
         clock = Clock()
         content = [list(p.content) for p in plans]
         for modality, places in places_of(plans).items():
-            made = self._generate(
-                self.generator(modality),
+            made = self._make(
+                modality,
                 [cast(PlannedPart, content[row][column]) for row, column, _ in places],
                 [number for _, _, number in places],
                 batch_size=batch_size,
@@ -369,6 +376,7 @@ class AnyGenPipeline:
         conversation = parse_one(prompt, limits=self.limits, allow_urls=self.allow_urls)
         config = decoding_config(max_new_tokens, max_media, temperature, top_p)
         given = self.model.prompts.prompt(conversation)
+        check_fits(self.model, [given])
         chosen = seeds_of(seed, 1)[0]
         making = {"steps": steps, "guidance_scale": guidance_scale, "seconds": seconds}
         return self._stream(conversation, given, chosen, config, **making)
@@ -405,46 +413,27 @@ class AnyGenPipeline:
             raise ConfigError("this pipeline has no directory to read about; save_pretrained and load it first")
         return describe(self.model.origin)
 
-    def _generate(
-        self,
-        generator: Generator,
-        parts: Sequence[PlannedPart],
-        seeds: Sequence[int],
-        *,
-        batch_size: int,
-        progress: bool | None,
-        **options: Any,
-    ) -> list[MadePart]:
-        """Media of one modality, in batches."""
-        media: list[Media] = []
-        batches = chunks(len(parts), batch_size)
-        with progress_bars(shown=progress) as bars:
-            task = bars.add_task(f"{generator.modality} × {len(parts)}", total=None)
-            for number, batch in enumerate(batches):
+    def _check_generator(self, modality: str) -> None:
+        if modality not in self.generators:
+            here = ", ".join(self.generators) or "none"
+            raise ModalityError(f"there is no generator for {modality} in this pipeline; it has: {here}")
 
-                def on_step(done: int, total: int, number: int = number) -> None:
-                    bars.update(task, completed=number * total + done, total=len(batches) * total)
+    def _using(self, modality: str) -> AbstractContextManager[Generator]:
+        self._check_generator(modality)
+        return self.generators.using(modality)
 
-                media += self._make(generator, parts[batch], seeds[batch], on_step, **options)
-        return [
-            MadePart(part.modality, value, part.caption, seed)
-            for part, value, seed in zip(parts, media, seeds, strict=True)
-        ]
-
+    # A generator is put away as soon as these functions, which alone refer to it, are done.
     def _make(
-        self,
-        generator: Generator,
-        parts: Sequence[PlannedPart],
-        seeds: Sequence[int],
-        on_step: StepCallback,
-        **options: Any,
-    ) -> list[Media]:
-        condition = generator.condition_spec.check(Condition.cat([part.condition for part in parts]))
-        asked = asked_for(**options)
-        if generator.modality not in TIMED:
-            asked.pop("seconds", None)
-        with memory():
-            return generator.generate(condition.to(self.device), seeds=seeds, on_step=on_step, **asked)
+        self, modality: str, parts: Sequence[PlannedPart], seeds: Sequence[int], **options: Any
+    ) -> list[MadePart]:
+        with self._using(modality) as generator:
+            return make_all(generator, parts, seeds, device=self.device, **options)
+
+    def _make_stepwise(
+        self, part: PlannedPart, index: int, seed: int, **options: Any
+    ) -> PythonGenerator[Event, None, MadePart]:
+        with self._using(part.modality) as generator:
+            return (yield from make_stepwise(generator, part, index, seed, device=self.device, **options))
 
     def _stream(
         self, conversation: Sequence[Message], given: Prompt, seed: int, config: DecodingConfig, **options: Any
@@ -489,12 +478,3 @@ class AnyGenPipeline:
                 timings=clock.laps,
             )
         )
-
-    def _make_stepwise(
-        self, part: PlannedPart, index: int, seed: int, **options: Any
-    ) -> PythonGenerator[Event, None, MadePart]:
-        generator = self.generator(part.modality)
-        media = yield from steps_of(index, lambda on_step: self._make(generator, [part], [seed], on_step, **options))
-        made = MadePart(part.modality, media[0], part.caption, seed)
-        yield MediaDone(index, made)
-        return made

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from anygen.decoding import Answer, DecodingConfig, Run, collect, decode
+from anygen.decoding import Answer, DecodingConfig, Run, check_fits, collect, decode
 from anygen.errors import ConfigError
 from anygen.features import Condition, Features
 from anygen.media import Media
@@ -23,8 +23,6 @@ from anygen.reply import PlannedPart, Reply, ReplyPart, caption_of
 
 _SEEDS = 2**63
 _DRAWN_SEEDS = 2**31  # short enough to be typed again
-TIMED = ("video", "audio")
-"""Modalities whose media have a length."""
 
 
 def plan_batch(
@@ -35,6 +33,7 @@ def plan_batch(
     *,
     drawable: Collection[str],
     name: str,
+    batch_size: int = 16,
 ) -> list[Reply]:
     """B conversations -> B plans, all in one batch.
 
@@ -45,6 +44,7 @@ def plan_batch(
         config: how the LLM chooses its words.
         drawable: the modalities that a plan may hold.
         name: what the plans call the model.
+        batch_size: media that go through an encoder together.
 
     Raises:
         MessageError: a conversation is longer than the LLM reads.
@@ -52,7 +52,8 @@ def plan_batch(
     """
     clock = Clock()
     prompts = [model.prompts.prompt(messages) for messages in conversations]
-    media = read_media(model, prompts)
+    check_fits(model, prompts)
+    media = read_media(model, prompts, batch_size=batch_size)
     if media:
         clock.lap("encoders")
     events = decode(model, prompts, media=media, config=config, seeds=seeds, drawable=drawable)
@@ -66,15 +67,24 @@ def plan_batch(
     ]
 
 
-def read_media(model: AnyGenModel, prompts: Sequence[Prompt]) -> dict[str, Features]:
-    """modality -> the features of all media in the prompts, in reading order."""
+def read_media(model: AnyGenModel, prompts: Sequence[Prompt], *, batch_size: int = 16) -> dict[str, Features]:
+    """modality -> the features of all media in the prompts, in reading order.
+
+    Args:
+        model: with an encoder for each modality.
+        prompts: any number, with any number of media.
+        batch_size: media that go through an encoder together, so that forty pictures need no more memory than these.
+    """
     media: dict[str, list[Media]] = {}
     for part in (part for prompt in prompts for part in prompt.media):
         media.setdefault(part.modality, []).append(part.media)
     features = {}
     for modality, values in media.items():
-        tensors = cast(Any, model.encoders[modality]).preprocess(values)
-        features[modality] = model.encode(modality, {name: t.to(model.device) for name, t in tensors.items()})
+        encoded: list[Features] = []
+        for batch in chunks(len(values), batch_size):
+            tensors = cast(Any, model.encoders[modality]).preprocess(values[batch])
+            encoded.append(model.encode(modality, {name: t.to(model.device) for name, t in tensors.items()}))
+        features[modality] = Features.cat(encoded)
     return features
 
 

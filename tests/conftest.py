@@ -10,11 +10,15 @@ import pytest
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+    from anygen.generators.audioldm2 import AudioLDM2Generator, SoundText
+    from anygen.generators.zeroscope import ZeroscopeGenerator
     from anygen.llm import LLM
     from anygen.model import AnyGenModel
     from anygen.model_config import AnyGenConfig
     from anygen.pipeline import AnyGenPipeline
 
+SOUND_CAPTIONS = ("a trumpet playing a fast rising melody", "a dog")
+"""What the tokenizer of `tiny_audioldm2` is trained on."""
 CHATML = (
     "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
     "<|im_start|>system\nYou are helpful<|im_end|>\n{% endif %}"
@@ -140,6 +144,192 @@ def tiny_model(tiny_llm: "Callable[..., LLM]", tiny_config: "AnyGenConfig") -> "
         return model.eval()
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny_zeroscope() -> "Callable[..., ZeroscopeGenerator]":
+    """Makes a random Zeroscope, whose clips have three frames of 16×16 pixels; `prediction_type` is its UNet's."""
+
+    def make(*, prediction_type: str = "v_prediction") -> "ZeroscopeGenerator":
+        import torch
+        from diffusers import AutoencoderKL, UNet3DConditionModel
+        from transformers import CLIPTextConfig, CLIPTextModel
+
+        from anygen.generators.zeroscope import ClipDefaults, TextConditioner, ZeroscopeGenerator
+        from anygen.training.diffusion import build_scheduler
+        from anygen.training.tokenizer import train_tokenizer
+
+        torch.manual_seed(0)
+        vae: Any = AutoencoderKL(
+            **{
+                "block_out_channels": (8, 16),
+                "down_block_types": ("DownEncoderBlock2D",) * 2,
+                "up_block_types": ("UpDecoderBlock2D",) * 2,
+            },
+            latent_channels=4,
+            norm_num_groups=4,
+            sample_size=16,
+            scaling_factor=0.7,
+        )
+        unet: Any = UNet3DConditionModel(
+            sample_size=8,
+            block_out_channels=(8, 16),
+            down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+            up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+            layers_per_block=1,
+            cross_attention_dim=16,
+            attention_head_dim=2,
+            norm_num_groups=4,
+        )
+        for name, parameter in unet.named_parameters():
+            if "conv4" in name:  # zero in a fresh UNet, and the temporal convolutions with it
+                torch.nn.init.normal_(parameter, std=0.3)
+        tokenizer = train_tokenizer(["a red apple", "two dogs"], vocab_size=300, context=6)
+        config = CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=6,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        text = TextConditioner(CLIPTextModel(config).eval(), tokenizer)
+        with torch.no_grad():
+            unconditional = text(text.tokenize([""]))[0].clone()
+        scheduler = build_scheduler()
+        return ZeroscopeGenerator(
+            vae=vae,
+            unet=unet,
+            scheduler=type(scheduler).from_config(scheduler.config, prediction_type=prediction_type),
+            unconditional=unconditional,
+            text=text,
+            defaults=ClipDefaults(steps=3, guidance_scale=4.0, frames=3, fps=6.0),
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_audioldm2() -> "Callable[..., AudioLDM2Generator]":
+    """Makes a random AudioLDM2, whose sounds have 0.1 s at 16 kHz; with CLAP on request."""
+
+    def make(*, prediction_type: str = "v_prediction", clap: bool = False) -> "AudioLDM2Generator":
+        import torch
+        from diffusers import AudioLDM2UNet2DConditionModel, AutoencoderKL
+        from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig
+
+        from anygen.generators.audioldm2 import AudioLDM2Generator, SoundDefaults, empty_condition
+        from anygen.training.diffusion import build_scheduler
+
+        text = _sound_text(clap=clap)
+        torch.manual_seed(0)
+        vae_blocks: dict[str, Any] = {
+            "block_out_channels": (8, 16),
+            "down_block_types": ("DownEncoderBlock2D",) * 2,
+            "up_block_types": ("UpDecoderBlock2D",) * 2,
+        }
+        vae: Any = AutoencoderKL(
+            in_channels=1, out_channels=1, latent_channels=4, norm_num_groups=4, scaling_factor=0.7, **vae_blocks
+        )
+        unet_blocks: dict[str, Any] = {
+            "block_out_channels": (8, 16),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+            "cross_attention_dim": ((None, 8, 12),) * 2,
+        }
+        unet: Any = AudioLDM2UNet2DConditionModel(
+            in_channels=4, out_channels=4, layers_per_block=1, attention_head_dim=4, norm_num_groups=4, **unet_blocks
+        )
+        vocoder = SpeechT5HifiGan(
+            SpeechT5HifiGanConfig(
+                model_in_dim=16,
+                sampling_rate=16000,
+                upsample_initial_channel=8,
+                upsample_rates=[20, 8],
+                upsample_kernel_sizes=[40, 16],
+                resblock_kernel_sizes=[3],
+                resblock_dilation_sizes=[[1, 3]],
+                initializer_range=0.3,
+                normalize_before=False,
+            )
+        )
+        scheduler = build_scheduler()
+        scheduler = type(scheduler).from_config(scheduler.config, prediction_type=prediction_type)
+        return AudioLDM2Generator(
+            vae=vae,
+            unet=unet,
+            vocoder=vocoder,
+            scheduler=scheduler,
+            unconditional=empty_condition(text),
+            text=text,
+            defaults=SoundDefaults(steps=3, guidance_scale=4.0, seconds=0.1),
+        )
+
+    return make
+
+
+def _sound_text(*, clap: bool = False) -> "SoundText":
+    """T5 and GPT-2 of one layer, 24 tokens; CLAP on request."""
+    import torch
+    from diffusers.pipelines.audioldm2 import AudioLDM2ProjectionModel
+    from transformers import ClapConfig, ClapModel, GPT2Config, GPT2LMHeadModel, T5Config, T5EncoderModel
+
+    from anygen.generators.audioldm2 import SoundText
+    from anygen.training.tokenizer import train_tokenizer
+
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer(SOUND_CAPTIONS, vocab_size=300, context=24)
+    sequence = T5EncoderModel(
+        T5Config(
+            vocab_size=len(tokenizer),
+            d_model=12,
+            d_kv=6,
+            d_ff=16,
+            num_layers=1,
+            num_heads=2,
+            feed_forward_proj="gated-gelu",
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    language_model = GPT2LMHeadModel(GPT2Config(vocab_size=1, n_positions=64, n_embd=8, n_layer=1, n_head=2))
+    listener = None
+    if clap:
+        text_config = dict(
+            vocab_size=len(tokenizer),
+            hidden_size=8,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=40,
+            pad_token_id=1,
+            projection_dim=10,
+        )
+        audio_config = dict(
+            spec_size=8,
+            window_size=4,
+            num_mel_bins=8,
+            patch_size=2,
+            patch_stride=2,
+            patch_embeds_hidden_size=8,
+            depths=[1],
+            num_attention_heads=[2],
+            num_hidden_layers=1,
+            hidden_size=8,
+            projection_dim=10,
+        )
+        listener = ClapModel(ClapConfig(text_config=text_config, audio_config=audio_config, projection_dim=10))
+    return SoundText(
+        sequence=sequence,
+        tokenizer=tokenizer,
+        projection=AudioLDM2ProjectionModel(10 if clap else 12, 12, 8),
+        language_model=language_model,
+        context=24,
+        clap=listener,
+        clap_tokenizer=tokenizer if clap else None,
+    ).eval()
 
 
 @pytest.fixture(scope="session")

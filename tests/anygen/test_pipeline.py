@@ -207,19 +207,6 @@ def test_options_reach_the_generator(pipe: AnyGenPipeline) -> None:
     assert more.images == wanted
 
 
-def test_a_length_reaches_the_generators_of_what_has_one(pipe: AnyGenPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan, generator = pipe.plan("Draw", seed=1, max_new_tokens=3), pipe.generator("image")
-    plain, given = pipe.render(plan), list[dict[str, Any]]()
-    monkeypatch.setattr(generator, "generate", lambda condition, **options: given.append(options) or plain.images)
-    for modality, reached in (("image", False), ("video", True), ("audio", True)):
-        monkeypatch.setattr(type(generator), "modality", modality)
-        made = pipe._make(generator, [cast(PlannedPart, plan.content[0])], [1], lambda *_: None, seconds=1.5)
-        assert made == plain.images and ("seconds" in given[-1]) == reached
-    assert given[-1]["seconds"] == 1.5
-    monkeypatch.undo()
-    assert pipe.render(plan, seconds=1.5).images == plain.images
-
-
 def test_a_picture_changes_the_answer(pipe: AnyGenPipeline) -> None:
     asked = [
         pipe(["What is this?", picture], max_new_tokens=12) for picture in (PICTURE, Image(PICTURE.pil.rotate(90)))
@@ -428,7 +415,7 @@ def test_options_out_of_range_are_told(pipe: AnyGenPipeline, options: Any, messa
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"offload": "cpu"}, ConfigError, "offload is not supported yet, got 'cpu'; leave it out"),
+        ({"offload": "cpu"}, ConfigError, "offload is one of auto, resident, after_use; got 'cpu'"),
         ({"quantization": "int8"}, ConfigError, "quantization is not supported yet, got 'int8'; leave it out"),
         ({"device": "tpu"}, ConfigError, "there is no device 'tpu'; here there are: .*cpu"),
         ({"device": "cuda:99"}, ConfigError, "the device 'cuda:99' is not available; here there are: .*cpu"),

@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,128 +12,19 @@ from anygen.generators.audioldm2 import (
     EMBEDS,
     GENERATED,
     AudioLDM2Generator,
-    SoundDefaults,
-    SoundText,
-    empty_condition,
     text_mask,
 )
 from anygen.generators.mel import LOUDNESS, PEAK
 from anygen.media import Audio
-from anygen.training.diffusion import build_scheduler
-from anygen.training.tokenizer import train_tokenizer
 
 CAPTIONS = ["a trumpet playing a fast rising melody", "a dog"]
 SECONDS = 0.1
-
-
-def make_text(*, clap: bool = False) -> SoundText:
-    from diffusers.pipelines.audioldm2 import AudioLDM2ProjectionModel
-    from transformers import ClapConfig, ClapModel, GPT2Config, GPT2LMHeadModel, T5Config, T5EncoderModel
-
-    torch.manual_seed(0)
-    tokenizer = train_tokenizer(CAPTIONS, vocab_size=300, context=24)
-    sequence = T5EncoderModel(
-        T5Config(
-            vocab_size=len(tokenizer),
-            d_model=12,
-            d_kv=6,
-            d_ff=16,
-            num_layers=1,
-            num_heads=2,
-            feed_forward_proj="gated-gelu",
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-    language_model = GPT2LMHeadModel(GPT2Config(vocab_size=1, n_positions=64, n_embd=8, n_layer=1, n_head=2))
-    listener = None
-    if clap:
-        text_config = dict(
-            vocab_size=len(tokenizer),
-            hidden_size=8,
-            intermediate_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=40,
-            pad_token_id=1,
-            projection_dim=10,
-        )
-        audio_config = dict(
-            spec_size=8,
-            window_size=4,
-            num_mel_bins=8,
-            patch_size=2,
-            patch_stride=2,
-            patch_embeds_hidden_size=8,
-            depths=[1],
-            num_attention_heads=[2],
-            num_hidden_layers=1,
-            hidden_size=8,
-            projection_dim=10,
-        )
-        listener = ClapModel(ClapConfig(text_config=text_config, audio_config=audio_config, projection_dim=10))
-    return SoundText(
-        sequence=sequence,
-        tokenizer=tokenizer,
-        projection=AudioLDM2ProjectionModel(10 if clap else 12, 12, 8),
-        language_model=language_model,
-        context=24,
-        clap=listener,
-        clap_tokenizer=tokenizer if clap else None,
-    ).eval()
-
-
-def make_generator(*, prediction_type: str = "v_prediction", clap: bool = False) -> AudioLDM2Generator:
-    from diffusers import AudioLDM2UNet2DConditionModel, AutoencoderKL
-    from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig
-
-    text = make_text(clap=clap)
-    torch.manual_seed(0)
-    vae_blocks: dict[str, Any] = {
-        "block_out_channels": (8, 16),
-        "down_block_types": ("DownEncoderBlock2D",) * 2,
-        "up_block_types": ("UpDecoderBlock2D",) * 2,
-    }
-    vae: Any = AutoencoderKL(
-        in_channels=1, out_channels=1, latent_channels=4, norm_num_groups=4, scaling_factor=0.7, **vae_blocks
-    )
-    unet_blocks: dict[str, Any] = {
-        "block_out_channels": (8, 16),
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-        "cross_attention_dim": ((None, 8, 12),) * 2,
-    }
-    unet: Any = AudioLDM2UNet2DConditionModel(
-        in_channels=4, out_channels=4, layers_per_block=1, attention_head_dim=4, norm_num_groups=4, **unet_blocks
-    )
-    vocoder = SpeechT5HifiGan(
-        SpeechT5HifiGanConfig(
-            model_in_dim=16,
-            sampling_rate=16000,
-            upsample_initial_channel=8,
-            upsample_rates=[20, 8],
-            upsample_kernel_sizes=[40, 16],
-            resblock_kernel_sizes=[3],
-            resblock_dilation_sizes=[[1, 3]],
-            initializer_range=0.3,
-            normalize_before=False,
-        )
-    )
-    scheduler = build_scheduler()
-    scheduler = type(scheduler).from_config(scheduler.config, prediction_type=prediction_type)
-    return AudioLDM2Generator(
-        vae=vae,
-        unet=unet,
-        vocoder=vocoder,
-        scheduler=scheduler,
-        unconditional=empty_condition(text),
-        text=text,
-        defaults=SoundDefaults(steps=3, guidance_scale=4.0, seconds=SECONDS),
-    )
+Make = Callable[..., AudioLDM2Generator]
 
 
 @pytest.fixture(scope="module")
-def generator() -> AudioLDM2Generator:
-    return make_generator()
+def generator(tiny_audioldm2: Make) -> AudioLDM2Generator:
+    return tiny_audioldm2()
 
 
 def make_pipeline(generator: AudioLDM2Generator) -> Any:
@@ -188,8 +80,8 @@ def test_sounds_equal_those_of_the_diffusers_pipeline(generator: AudioLDM2Genera
 
 
 @pytest.mark.parametrize("caption", CAPTIONS)
-def test_conditions_with_clap_equal_those_of_the_pipeline_for_one_caption(caption: str) -> None:
-    generator = make_generator(clap=True)
+def test_conditions_with_clap_equal_those_of_the_pipeline_for_one_caption(caption: str, tiny_audioldm2: Make) -> None:
+    generator = tiny_audioldm2(clap=True)
     embeds, mask, generated = make_pipeline(generator).encode_prompt(
         [caption], "cpu", 1, False, transcription=[caption], max_new_tokens=8
     )
@@ -271,8 +163,8 @@ def test_a_saved_folder_gives_the_same_sounds_here_and_in_diffusers(
     torch.testing.assert_close(generator.sample(condition[0], [4]), theirs, atol=1e-5, rtol=0)
 
 
-def test_a_folder_with_clap_and_a_bare_gpt2_is_read(tmp_path: Path) -> None:
-    generator = make_generator(clap=True)
+def test_a_folder_with_clap_and_a_bare_gpt2_is_read(tmp_path: Path, tiny_audioldm2: Make) -> None:
+    generator = tiny_audioldm2(clap=True)
     generator.save_pretrained(tmp_path)
     generator.text.language_model.transformer.save_pretrained(tmp_path / "language_model")
     (tmp_path / "unconditional.safetensors").unlink()
@@ -310,8 +202,8 @@ def test_steps_are_reported_and_bad_requests_refused(generator: AudioLDM2Generat
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_the_denoising_loss_is_the_textbook_one(prediction_type: str) -> None:
-    generator = make_generator(prediction_type=prediction_type)
+def test_the_denoising_loss_is_the_textbook_one(prediction_type: str, tiny_audioldm2: Make) -> None:
+    generator = tiny_audioldm2(prediction_type=prediction_type)
     condition, mel = generator.encode_text(["a dog"]), torch.randn(1, 1, 8, 16)
     loss = generator.denoising_loss(condition, mel, generator=torch.Generator().manual_seed(3))
 

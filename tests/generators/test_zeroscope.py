@@ -1,5 +1,6 @@
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,73 +11,16 @@ import torch
 from anygen.errors import CheckpointError, ConfigError
 from anygen.features import Condition
 from anygen.generators.latent import EMBEDS, SHARED
-from anygen.generators.zeroscope import ClipDefaults, TextConditioner, ZeroscopeGenerator
+from anygen.generators.zeroscope import ClipDefaults, ZeroscopeGenerator
 from anygen.media import Video
-from anygen.training.diffusion import build_scheduler
-from anygen.training.tokenizer import train_tokenizer
 
+Make = Callable[..., ZeroscopeGenerator]
 PARTS = {part: f"../image/{part}" for part in ("vae", "text_encoder", "tokenizer")}
 
 
-def make_generator(*, prediction_type: str = "v_prediction") -> ZeroscopeGenerator:
-    """Three frames of 16×16 pixels by default."""
-    from diffusers import AutoencoderKL, UNet3DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    torch.manual_seed(0)
-    vae: Any = AutoencoderKL(
-        **{
-            "block_out_channels": (8, 16),
-            "down_block_types": ("DownEncoderBlock2D",) * 2,
-            "up_block_types": ("UpDecoderBlock2D",) * 2,
-        },
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=16,
-        scaling_factor=0.7,
-    )
-    unet: Any = UNet3DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
-        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
-        layers_per_block=1,
-        cross_attention_dim=16,
-        attention_head_dim=2,
-        norm_num_groups=4,
-    )
-    for name, parameter in unet.named_parameters():
-        if "conv4" in name:  # zero in a fresh UNet, and the temporal convolutions with it
-            torch.nn.init.normal_(parameter, std=0.3)
-    tokenizer = train_tokenizer(["a red apple", "two dogs"], vocab_size=300, context=6)
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=6,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    text = TextConditioner(CLIPTextModel(config).eval(), tokenizer)
-    with torch.no_grad():
-        unconditional = text(text.tokenize([""]))[0].clone()
-    scheduler = build_scheduler()
-    return ZeroscopeGenerator(
-        vae=vae,
-        unet=unet,
-        scheduler=type(scheduler).from_config(scheduler.config, prediction_type=prediction_type),
-        unconditional=unconditional,
-        text=text,
-        defaults=ClipDefaults(steps=3, guidance_scale=4.0, frames=3, fps=6.0),
-    )
-
-
 @pytest.fixture(scope="module")
-def generator() -> ZeroscopeGenerator:
-    return make_generator()
+def generator(tiny_zeroscope: Make) -> ZeroscopeGenerator:
+    return tiny_zeroscope()
 
 
 @pytest.fixture(scope="module")
@@ -304,8 +248,8 @@ def test_a_folder_without_a_part_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_the_denoising_loss_is_the_textbook_one(prediction_type: str) -> None:
-    generator = make_generator(prediction_type=prediction_type)
+def test_the_denoising_loss_is_the_textbook_one(prediction_type: str, tiny_zeroscope: Make) -> None:
+    generator = tiny_zeroscope(prediction_type=prediction_type)
     condition, pixels = generator.encode_text(["two dogs", ""]), torch.rand(2, 3, 3, 16, 16) * 2 - 1
     loss = generator.denoising_loss(condition, pixels, generator=torch.Generator().manual_seed(3))
 
