@@ -118,6 +118,14 @@ def _add_answering(command: argparse.ArgumentParser) -> None:
     command.add_argument("--seconds", metavar="X", type=_number, help="length of clips and sounds")
     command.add_argument("--max-new-tokens", metavar="N", type=_count, default=256, help="longest answer")
     command.add_argument("--temperature", metavar="X", type=_number, default=0.0, help="0 always says the likeliest")
+    command.add_argument(
+        "--max-seconds", metavar="X", type=_number, help="longest clip or sound to read (default: 600)"
+    )
+    command.add_argument(
+        "--offload",
+        choices=("auto", "resident", "after_use"),
+        help="which generators stay in memory: those that there is room for (default), all, or none",
+    )
 
 
 def _add_info(commands: Any) -> None:

@@ -2,7 +2,9 @@
 
 import argparse
 import os
+import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,12 +19,14 @@ if TYPE_CHECKING:
     from anygen.media import Media
 
 HELP = """\
-/image FILE   shows a picture together with what is said next; also /video FILE, /audio FILE
+/image FILE   shows a picture together with what is said next; also /video FILE and /audio FILE, several of each
 /seed N       repeats noise and draws from now on; /seed alone: a new one for each answer
 /save [FILE]  writes the conversation as Markdown, with links to its media
 /reset        forgets what was said
 /quit         ends, as does Ctrl-D; Ctrl-C stops an answer
 Media are written as they come; everything else is said to the model."""
+MAKING = ("steps", "guidance_scale", "seconds")
+"""Options of an answer that are told in its files."""
 
 
 def chat(options: argparse.Namespace) -> int:
@@ -64,7 +68,7 @@ class _Session:
         self.out, self.shown = Path(options.out), shown
         pipe = load(options, shown=shown)
         self.chat: Chat = pipe.chat(system=options.system, **answering(options))
-        self.waiting: list[Media] = []
+        self.waiting: list[tuple[Media, Path]] = []
         self.paths: dict[int, list[Path]] = {}
         """Place in the history -> the files of that turn's media."""
 
@@ -102,8 +106,10 @@ class _Session:
         if modality not in reads:
             raise ModalityError(f"the model cannot read {modality}; it reads {', '.join(reads)}")
         if not path:
-            raise MessageError(f"/{modality} wants a file: /{modality} picture.png")
-        self.waiting.append(media_type(modality).from_path(Path(path).expanduser()))
+            example = {"image": "picture.png", "video": "clip.mp4", "audio": "sound.wav"}.get(modality, "FILE")
+            raise MessageError(f"/{modality} wants a file: /{modality} {example}")
+        file = _file(path)
+        self.waiting.append((media_type(modality).from_path(file, limits=self.chat.pipeline.limits), file))
         print(f"[{modality} with the next message: {path}]", file=sys.stderr)
 
     def _seed(self, text: str) -> None:
@@ -112,9 +118,15 @@ class _Session:
         self.chat.options["seed"] = int(text) if text else None
 
     def _say(self, line: str) -> None:
-        from anygen.streaming import Finished, MediaStarted, MediaStep, TextDelta
+        from anygen.planning import asked_for
+        from anygen.reply import Reply
+        from anygen.streaming import Finished, MediaDone, MediaStarted, MediaStep, TextDelta
 
-        said = [*self.waiting, line]
+        said, files = [*(medium for medium, _ in self.waiting), line], [file for _, file in self.waiting]
+        place = len(self.chat.history)
+        options = asked_for(**{name: self.chat.options.get(name) for name in MAKING})
+        made = Reply(content=(), prompt=line, model=self.chat.pipeline.name, options=options)
+        paths: list[Path] = []
         bars: Progress | None = None
         bar: TaskID | None = None
         fresh = True  # whether stdout stands at the start of a line
@@ -136,14 +148,17 @@ class _Session:
                         bars.update(bar, completed=done, total=total)
                         if done == total:
                             bars.stop()
-                    case Finished(reply=reply):
+                    case MediaDone(index=index, part=part):
+                        if bars is not None:
+                            bars.stop()
+                        made = replace(made, content=(*made.content, part), seed=part.seed - index)
+                        paths.append(made.save_medium(index, self.out))
+                        print(paths[-1], flush=True)
+                    case Finished():
                         if not fresh:
                             print()
                         self.waiting = []
-                        paths = reply.save(self.out)
-                        self.paths[len(self.chat.history) - 1] = paths
-                        for path in paths:
-                            print(path)
+                        self.paths |= {place: files, place + 1: paths}
         finally:
             if bars is not None:
                 bars.stop()
@@ -166,9 +181,22 @@ class _Session:
                 if isinstance(part, TextPart):
                     lines.append(part.text.strip())
                 elif (file := next(left, None)) is not None:
-                    lines.append(f"![{part.modality}]({os.path.relpath(file, path.parent)})")
+                    shown = "!" if part.modality == "image" else ""  # Markdown shows pictures alone
+                    lines.append(f"{shown}[{part.modality}](<{os.path.relpath(file, path.parent)}>)")
                 else:
                     lines.append(f"*[{part.modality}]*")
         with writing(path) as temporary:
             temporary.write_text("\n\n".join(lines) + "\n", encoding="utf-8")
         return path
+
+
+def _file(text: str) -> Path:
+    """The file that a user names; a terminal into which one is dropped quotes what is special in its name."""
+    path = Path(text).expanduser()
+    if path.exists():
+        return path
+    try:
+        words = shlex.split(text)
+    except ValueError:  # a lone quote
+        return path
+    return Path(words[0]).expanduser() if len(words) == 1 else path

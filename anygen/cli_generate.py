@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -12,9 +13,13 @@ from anygen.errors import MessageError, ModalityError, OutputError
 from anygen.progress import progress_bars
 
 if TYPE_CHECKING:
+    from anygen.media import MediaLimits
     from anygen.messages import Message
     from anygen.pipeline import AnyGenPipeline
     from anygen.reply import Reply
+
+_FASTEST = 60
+"""Frames a second of a clip that `--max-seconds` lets pass."""
 
 
 def generate(options: argparse.Namespace) -> int:
@@ -41,7 +46,27 @@ def load(options: argparse.Namespace, *, shown: bool) -> "AnyGenPipeline":
     with spinner(f"Loading {options.model or 'anygen-mini'}", shown=shown):
         from anygen.pipeline import AnyGenPipeline
 
-        return AnyGenPipeline.from_pretrained(options.model, device=options.device)
+        pipe = AnyGenPipeline.from_pretrained(options.model, device=options.device, offload=options.offload)
+    pipe.limits = limits(options)
+    return pipe
+
+
+def limits(options: argparse.Namespace) -> "MediaLimits":
+    """Which media to refuse: with `--max-seconds` clips and sounds of that length are read, memory allowing.
+
+    Raises:
+        ConfigError: the length is not positive.
+    """
+    from anygen.errors import ConfigError
+    from anygen.media import MediaLimits
+
+    seconds = options.max_seconds
+    if seconds is None:
+        return MediaLimits()
+    if not 0 < seconds < float("inf"):
+        raise ConfigError(f"--max-seconds is a positive number, got {seconds:g}")
+    frames = max(MediaLimits().max_frames, math.ceil(_FASTEST * seconds))
+    return MediaLimits(max_seconds=seconds, max_frames=frames)
 
 
 def answering(options: argparse.Namespace) -> dict[str, Any]:
@@ -131,7 +156,7 @@ def _message(options: argparse.Namespace) -> "list[Message]":
     if media:
         check_readable({modality for modality, _ in media}, options.model)
     parts = [{"type": modality, "path": path} for modality, path in media]
-    return parse_one([*([prompt] if prompt else []), *parts])
+    return parse_one([*([prompt] if prompt else []), *parts], limits=limits(options))
 
 
 def _answer(pipe: "AnyGenPipeline", message: "list[Message]", options: argparse.Namespace, *, shown: bool) -> "Reply":

@@ -151,23 +151,31 @@ class Reply:
             OutputError: the directory is a file, or the disk refuses.
             ConfigError: this is a plan.
         """
-        directory, made = Path(directory), self._made()
-        if made:
-            make_directory(directory)
-        paths: list[Path] = []
-        for place, part in enumerate(made):
-            number = place + 1 if overwrite else next_number(directory)
-            name = slug(part.caption) or part.modality
-            while True:
-                path = directory / f"{number:02}-{name}{part.media.suffixes[0]}"
-                try:
-                    paths.append(part.media.save(path, metadata=self._metadata(part, place), overwrite=overwrite))
-                    break
-                except OutputError:
-                    if overwrite or not path.exists():
-                        raise
-                    number += 1  # another process was faster
-        return paths
+        return [self.save_medium(place, directory, overwrite=overwrite) for place in range(len(self._made()))]
+
+    def save_medium(self, place: int, directory: str | Path, *, overwrite: bool = False) -> Path:
+        """Writes one medium as `save` does, such as each of a stream when it is done.
+
+        Args:
+            place: the medium's, among the reply's media.
+            directory: made if it is not there.
+            overwrite: numbers the file `place` + 1 and replaces one of the same name.
+
+        Raises:
+            OutputError, ConfigError: as `save`.
+        """
+        directory, part = Path(directory), self._made()[place]
+        make_directory(directory)
+        number = place + 1 if overwrite else next_number(directory)
+        name = slug(part.caption) or part.modality
+        while True:
+            path = directory / f"{number:02}-{name}{part.media.suffixes[0]}"
+            try:
+                return part.media.save(path, metadata=self._metadata(part, place), overwrite=overwrite)
+            except OutputError:
+                if overwrite or not path.exists():
+                    raise
+                number += 1  # another process was faster
 
     def save_plan(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Writes a plan as one safetensors file, its words as JSON in the header.

@@ -1,6 +1,7 @@
-"""A whole model directory of real classes at tiny width: reads images, makes images and (by a plugin) sounds.
+"""Whole model directories of real classes at tiny width. Weights are random, but heads are solved for what tests ask.
 
-Its weights are random, but its head is solved for what the tests ask: see `ASKED`.
+`tiny_directory` reads images, makes images and (by a plugin) sounds: see `ASKED`. `anything_directory` reads and makes
+images, videos and sounds by the classes of the embedded default: see `MATRIX`.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,7 +11,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    from anygen.generators.audioldm2 import AudioLDM2Generator
+    from anygen.generators.zeroscope import ZeroscopeGenerator
     from anygen.llm import LLM
+    from anygen.media import Media
     from anygen.model import AnyGenModel
     from anygen.model_config import AnyGenConfig
     from anygen.pipeline import AnyGenPipeline
@@ -24,6 +28,11 @@ ASKED = {
     "What is this?": [],
 }
 """Prompt -> what its answer begins with; words come after, and some more media may."""
+MAKES = {"Say": [], "Draw": ["image"], "Film": ["video"], "Play": ["audio"]}
+MATRIX = {(words, read): made for words, made in MAKES.items() for read in (None, "image", "video", "audio")} | {
+    ("All three", None): ["image", "video", "audio"]
+}
+"""(words, modality of a medium beside them, see `example`) -> as `ASKED`."""
 
 
 @pytest.fixture(scope="session")
@@ -101,10 +110,72 @@ def tiny_directory(plugin: None, tiny_llm: "Callable[..., LLM]", tmp_path_factor
     AnyGenPipeline(model, generators).save_pretrained(first)
     pipe = AnyGenPipeline.from_pretrained(first, device="cpu")
     pipe.model.llm.add_adapter(LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
-    _teach(pipe.model.eval())
+    _teach(pipe.model.eval(), {(words, None): media for words, media in ASKED.items()})
     (first / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A tiny model\n")
     pipe.save_pretrained(second)
     return second
+
+
+@pytest.fixture(scope="session")
+def anything_directory(
+    tiny_llm: "Callable[..., LLM]",
+    tiny_zeroscope: "Callable[..., ZeroscopeGenerator]",
+    tiny_audioldm2: "Callable[..., AudioLDM2Generator]",
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """The directory of a model of every modality; not to be written to."""
+    from anygen.encoders.imagebind import ImageBindEncoder
+    from anygen.encoders.imagebind_config import ImageBindConfig, PlaneConfig, VisionConfig
+    from anygen.model import AnyGenModel
+    from anygen.pipeline import AnyGenPipeline
+
+    llm = tiny_llm(tie_word_embeddings=False, hidden_size=96)
+    llm.base.generation_config.eos_token_id = [2, *range(150, 160)]  # type: ignore[union-attr]
+    trunks = ImageBindConfig(
+        out_dim=6,
+        vision=VisionConfig(width=16, blocks=1, heads=2, image_size=16, patch=8),
+        audio=PlaneConfig(width=16, blocks=1, heads=2, height=32, plane_width=40, logit_scale=20),
+    )
+    generators: dict[str, Any] = {
+        "image": _stable_diffusion(tiny_llm),
+        "video": tiny_zeroscope(),
+        "audio": tiny_audioldm2(),
+    }
+    encoders = {modality: ImageBindEncoder(trunks, modality=modality) for modality in generators}
+    conditions = {modality: dict(maker.condition_spec.shapes) for modality, maker in generators.items()}
+    model = AnyGenModel(_config_of_all(conditions), llm, encoders).initialize(seed=0).eval()
+    _teach(model, MATRIX)
+    directory = tmp_path_factory.mktemp("model") / "anything"
+    AnyGenPipeline(model, generators).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def anything(anything_directory: Path) -> "AnyGenPipeline":
+    """The pipeline of `anything_directory`, loaded once; not to be changed."""
+    from anygen.pipeline import AnyGenPipeline
+
+    return AnyGenPipeline.from_pretrained(anything_directory, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def examples() -> "dict[str, Media]":
+    """The media that stand beside the words of `MATRIX`."""
+    return {modality: example(modality) for modality in ("image", "video", "audio")}
+
+
+def example(modality: str) -> "Media":
+    """One medium of each modality, always the same."""
+    import numpy as np
+
+    from anygen.media import Audio, Image, Video
+
+    random = np.random.default_rng(0)
+    if modality == "audio":
+        return Audio(random.uniform(-0.5, 0.5, 8000).astype(np.float32), 16_000)
+    if modality == "video":
+        return Video(random.integers(0, 256, (6, 20, 16, 3), dtype=np.uint8), 6)
+    return Image.from_any(random.integers(0, 256, (16, 20, 3), dtype=np.uint8))
 
 
 @pytest.fixture(scope="session")
@@ -120,6 +191,42 @@ def pipe(_tiny_pipeline: "AnyGenPipeline") -> "AnyGenPipeline":
     from anygen.pipeline import AnyGenPipeline
 
     return AnyGenPipeline(_tiny_pipeline.model, _tiny_pipeline.generators)
+
+
+def _config_of_all(conditions: dict[str, dict[str, tuple[int, ...]]]) -> "AnyGenConfig":
+    from anygen.model_config import (
+        AnyGenConfig,
+        InputConfig,
+        ModalityConfig,
+        OutputConfig,
+        PartConfig,
+        SourceConfig,
+        SourcedPartConfig,
+    )
+
+    def part(name: str, path: str, **options: Any) -> SourcedPartConfig:
+        return SourcedPartConfig(name=name, source=SourceConfig(path=path), options=options)
+
+    names = {"image": "stable_diffusion", "video": "zeroscope", "audio": "audioldm2"}
+    tokens = {"image": 3, "video": 4, "audio": 2}
+    return AnyGenConfig(
+        name="anything",
+        llm=SourceConfig(path="llm"),
+        modalities={
+            modality: ModalityConfig(
+                input=InputConfig(
+                    encoder=part("imagebind", f"encoders/{modality}", modality=modality), feature_dim=6, slots=1
+                ),
+                output=OutputConfig(
+                    signal_tokens=tokens[modality],
+                    condition=condition,
+                    generator=part(names[modality], f"generators/{modality}"),
+                    projector=PartConfig(name="mlp", options={"width": 16}),
+                ),
+            )
+            for modality, condition in conditions.items()
+        },
+    )
 
 
 def _config() -> "AnyGenConfig":
@@ -205,33 +312,36 @@ def _stable_diffusion(tiny_llm: "Callable[..., LLM]") -> Any:
     )
 
 
-def _teach(model: "AnyGenModel") -> None:
-    """Solves the head's new rows so that `ASKED` comes true; the states do not depend on the head."""
+def _teach(model: "AnyGenModel", asked: dict[tuple[str, str | None], list[str]]) -> None:
+    """Solves the head's new rows so that what is asked comes true; the states do not depend on the head."""
     import torch
 
-    from anygen.messages import Message, TextPart
+    from anygen.messages import MediaPart, Message, TextPart
 
     signals = model.signal_tokens
     assert signals.head_rows is not None
     states: list[Any] = []
     wanted: dict[int, list[float]] = {row: [] for row in range(len(signals))}
 
-    def want(ids: list[int], token: int | None) -> None:
-        states.append(model(input_ids=torch.tensor([ids])).hidden_states[0, -1])
+    def want(ids: list[int], media: Any, token: int | None) -> None:
+        states.append(model(input_ids=torch.tensor([ids]), media=media).hidden_states[0, -1])
         for row, values in wanted.items():
             values.append(30.0 if signals.vocab_size + row == token else -30.0)
 
     with torch.no_grad():
-        for prompt, media in ASKED.items():
-            ids = model.prompts.prompt([Message("user", (TextPart(prompt),))]).ids
-            want(ids, signals.media_id if media else signals.words_id)
+        for (words, read), made in asked.items():
+            beside = [MediaPart(read, example(read))] if read else []
+            prompt = model.prompts.prompt([Message("user", (TextPart(words), *beside))])
+            ids, media = prompt.ids, model.encode_parts(prompt.media)
+            if not read:
+                want(ids, media, signals.media_id if made else signals.words_id)
             ids = [*ids, signals.media_id]
-            for modality in media:
+            for modality in made:
                 run = signals.runs[modality]
-                want(ids, run.start)
+                want(ids, media, run.start)
                 ids = [*ids, *run]
-            if media:
-                want(ids, None)
+            if made or read:
+                want(ids, media, None)
         for row, values in wanted.items():
             solution = torch.linalg.lstsq(torch.stack(states), torch.tensor(values), driver="gelsd").solution
             signals.head_rows[row] = solution

@@ -289,8 +289,8 @@ def test_a_chat_remembers_and_writes_media_as_they_come(run: Run, tmp_path: Path
     saved = next(Path("anygen-out").glob("*-chat.md"))
     assert str(saved) in out and "talk/of us.md" in out
     first, second = saved.read_text(), Path("talk/of us.md").read_text()
-    assert f"![image]({pictures[0].name})" in first and "*[image]*" in first and "What is this?" in first
-    assert f"![image](../{pictures[1]})" in second and "What is this?" not in second
+    assert f"![image](<{pictures[0].name}>)" in first and "a.png>)" in first and "What is this?" in first
+    assert f"![image](<../{pictures[1]}>)" in second and "What is this?" not in second
 
 
 def test_a_chat_goes_on_after_bad_input_and_says_so_at_the_end(run: Run) -> None:

@@ -1,4 +1,4 @@
-"""Clips as users' files have them: odd, damaged, too long; and as files that keep their frame rate."""
+"""Clips and sounds as users' files have them: odd, damaged, too long; and clips as files that keep their frame rate."""
 
 import io
 import tempfile
@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from anygen.errors import MediaError, MediaWarning
-from anygen.media import MediaLimits, Video
+from anygen.media import Audio, MediaLimits, Video
 
 av: Any = pytest.importorskip("av", reason="MP4 needs PyAV")
 
@@ -147,12 +147,117 @@ def test_4k_is_read_while_it_is_short_and_refused_by_its_memory_when_it_is_not()
 
 
 def test_an_mp4_with_sound_alone_is_told_from_a_video() -> None:
+    told = r"the data holds no video track \(an MP4 or HEIF file\); it holds sound: pass it as audio"
+    with pytest.raises(MediaError, match=told):
+        Video.from_bytes(track(np.zeros(1024), 16_000))
+
+
+# --- sounds --------------------------------------------------------------------------------------------------
+
+
+def write_sound(path: Path, samples: np.ndarray, rate: int, **options: Any) -> Path:
+    """Samples [N] or [N, channels] as a file of soundfile's."""
+    soundfile = pytest.importorskip("soundfile", reason="sound files need soundfile")
+    soundfile.write(path, samples, rate, **options)
+    return path
+
+
+def sine(rate: int, seconds: float = 0.25) -> np.ndarray:
+    return 0.5 * np.sin(np.arange(round(rate * seconds)) * 2 * np.pi * 440 / rate)
+
+
+def track(samples: np.ndarray, rate: int, *, kind: str = "mp4", codec: str = "aac") -> bytes:
+    """A file with one sound track of one channel."""
     buffer = io.BytesIO()
-    with av.open(buffer, "w", format="mp4") as container:
-        stream = container.add_stream("aac", rate=16_000)
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
-        frame.rate = 16_000
+    with av.open(buffer, "w", format=kind) as container:
+        stream = container.add_stream(codec, rate=rate)
+        frame = av.AudioFrame.from_ndarray(samples[None].astype(np.float32), format="fltp", layout="mono")
+        frame.rate = rate
         container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    with pytest.raises(MediaError, match=r"the data holds no video track \(an MP4 or HEIF file\)"):
-        Video.from_bytes(buffer.getvalue())
+    return buffer.getvalue()
+
+
+def test_an_empty_sound_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "nothing.wav").touch()
+    with pytest.raises(MediaError, match=r"nothing\.wav is empty \(0 bytes\)"):
+        Audio.from_path(tmp_path / "nothing.wav")
+    with pytest.raises(MediaError, match=r"header\.wav holds no sample"):
+        Audio.from_path(write_sound(tmp_path / "header.wav", np.zeros(0), 16_000))
+
+
+def test_a_silent_sound_is_read_as_it_is(tmp_path: Path) -> None:
+    silent = Audio.from_path(write_sound(tmp_path / "silent.wav", np.zeros(800), 16_000))
+    assert silent.samples.shape == (1, 800) and not silent.samples.any()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_samples_that_are_no_numbers_are_refused_by_the_files_name(value: float, tmp_path: Path) -> None:
+    samples = sine(8000)
+    samples[7] = value
+    path = write_sound(tmp_path / "broken.wav", samples, 8000, subtype="FLOAT")
+    with pytest.raises(MediaError, match=r"broken\.wav holds samples that are NaN or infinite"):
+        Audio.from_path(path)
+
+
+@pytest.mark.parametrize("rate", [8000, 44_100, 96_000])
+def test_every_rate_is_kept(rate: int, tmp_path: Path) -> None:
+    sound = Audio.from_path(write_sound(tmp_path / "tone.wav", sine(rate), rate))
+    assert sound.sampling_rate == rate and sound.seconds == pytest.approx(0.25)
+    np.testing.assert_allclose(sound.mono, sine(rate), atol=1e-4)
+
+
+def test_24_bits_are_read_exactly(tmp_path: Path) -> None:
+    levels = np.array([0, 1, -1, 2**22 + 1, 2**23 - 1, -(2**23)]) / 2**23
+    sound = Audio.from_path(write_sound(tmp_path / "fine.wav", levels, 48_000, subtype="PCM_24"))
+    assert sound.samples[0].tolist() == levels.tolist()
+
+
+def test_7_1_channels_are_kept_and_their_mean_is_the_mono_sound(tmp_path: Path) -> None:
+    channels = np.stack([(place + 1) / 10 * sine(16_000) for place in range(8)], axis=1)
+    sound = Audio.from_path(write_sound(tmp_path / "surround.wav", channels, 16_000))
+    assert sound.samples.shape == (8, 4000)
+    np.testing.assert_allclose(sound.mono, channels.mean(1), atol=1e-4)
+    assert Audio.from_path(sound.save(tmp_path / "copy.flac")).samples.shape == (8, 4000)
+
+
+def test_an_hour_is_refused_before_decoding_and_read_if_the_limit_allows_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    soundfile = pytest.importorskip("soundfile", reason="sound files need soundfile")
+    path = write_sound(tmp_path / "long.wav", np.zeros(3600 * 100), 100)
+    with monkeypatch.context() as patch:
+        patch.setattr(soundfile.SoundFile, "read", lambda *_, **__: pytest.fail("decoded"))
+        with pytest.raises(MediaError, match=r"long\.wav has 3,600 seconds, at most 600 are decoded \(max_seconds\)"):
+            Audio.from_path(path)
+        with pytest.raises(MediaError, match=r"1,440,000 bytes once decoded, at most 1,000 .*max_decoded_bytes"):
+            Audio.from_path(path, limits=MediaLimits(max_seconds=3600, max_decoded_bytes=1000))
+    assert Audio.from_path(path, limits=MediaLimits(max_seconds=3600)).seconds == 3600
+
+
+def test_a_text_file_named_wav_is_told(tmp_path: Path) -> None:
+    (tmp_path / "notes.wav").write_text("I am text, whatever my name says.\n")
+    with pytest.raises(MediaError, match=r"notes\.wav is not a sound that can be read \(.*\): its content is text;"):
+        Audio.from_path(tmp_path / "notes.wav")
+
+
+@pytest.mark.parametrize(("kind", "codec"), [("mp4", "aac"), ("matroska", "pcm_s16le")])
+def test_the_sound_of_an_mp4_or_matroska_file_is_read(kind: str, codec: str) -> None:
+    data = track(sine(16_000, 0.5), 16_000, kind=kind, codec=codec)
+    sound = Audio.from_bytes(data)
+    assert sound.sampling_rate == 16_000 and sound.seconds == pytest.approx(0.5, abs=0.15)
+    spectrum = np.abs(np.fft.rfft(sound.mono[2000:6000]))
+    assert spectrum.argmax() * 16_000 / 4000 == pytest.approx(440, abs=4)
+    with pytest.raises(MediaError, match=r"seconds, at most 0.1 are decoded \(max_seconds\)"):
+        Audio.from_bytes(data, limits=MediaLimits(max_seconds=0.1))
+
+
+def test_a_video_without_sound_given_as_a_sound_is_told() -> None:
+    with pytest.raises(MediaError, match=r"the data holds no sound track \(an MP4 .*\); it holds pictures: pass it as"):
+        Audio.from_bytes(mp4(ramp(2), [0, 1]))
+
+
+def test_a_damaged_mp4_given_as_a_sound_is_told() -> None:
+    data = track(sine(16_000), 16_000)
+    with pytest.raises(MediaError, match=r"the sound of the data cannot be read \(.*\): it is an MP4 or HEIF file"):
+        Audio.from_bytes(data[: len(data) // 2])

@@ -114,6 +114,31 @@ def test_a_longer_spectrogram_is_cut_and_stereo_averaged() -> None:
     torch.testing.assert_close(stereo, mono)
 
 
+@pytest.mark.parametrize("rate", [8000, 48_000, 96_000])
+def test_a_tone_looks_the_same_whatever_rate_it_comes_in(rate: int) -> None:
+    wanted, values = (
+        sound_values([Audio(sine(1000, hertz).numpy(), hertz)], 32, 98)[..., 2:-2] for hertz in (16_000, rate)
+    )
+    heard = wanted > wanted.amax() - 0.5  # the bins around the tone; the others hold rounding
+    torch.testing.assert_close(values[heard], wanted[heard], atol=0.02, rtol=0)
+
+
+def test_eight_channels_are_averaged() -> None:
+    channels = torch.stack([noise(8000) * (place + 1) / 10 for place in range(8)])
+    surround = sound_values([Audio(channels.numpy(), 16_000)], 16, 20)
+    torch.testing.assert_close(surround, sound_values([Audio(channels.mean(0).numpy(), 16_000)], 16, 20))
+
+
+def test_silence_is_finite_and_lies_on_the_floor() -> None:
+    values = sound_values([Audio(np.zeros(8000, np.float32), 16_000)], 16, 20)
+    floor = (math.log(torch.finfo(torch.float32).eps) - MEL_MEAN) / MEL_STD
+    torch.testing.assert_close(values, torch.full_like(values, floor))
+
+
+def test_a_long_sound_takes_no_more_room_than_a_short_one() -> None:
+    assert sound_values([Audio(np.zeros(16_000 * 120, np.float32), 16_000)], 16, 20).shape == (1, 3, 1, 16, 20)
+
+
 def test_a_sound_that_is_too_short_is_refused() -> None:
     with pytest.raises(MediaError, match="a sound of 10 ms is too short, 25 ms are the least"):
         sound_values([Audio(np.zeros(160, dtype=np.float32), 16000)], 128, 204)
