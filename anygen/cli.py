@@ -150,7 +150,14 @@ def _add_eval(commands: Any) -> None:
     command.add_argument("suite", metavar="SUITE", help="mini")
     _add_model(command)
     command.add_argument("--data", metavar="DIR", default="data/icons", help="the icon set (default: %(default)s)")
+    command.add_argument(
+        "--only",
+        metavar="ROWS",
+        action="append",
+        help="some rows: image, modality, naming, talk, controls, audio, video, retrieval or matrix; may be repeated",
+    )
     command.add_argument("--limit", metavar="N", type=_count, help="at most N cases a row, for a quick look")
+    command.add_argument("--batch-size", metavar="N", type=_count, default=16, help="cases at once (default: 16)")
     command.add_argument("--seed", metavar="N", type=_seed, default=0, help="of the cases (default: 0)")
     command.add_argument("--report", metavar="DIR", help="also write the table and pictures to look at")
     command.add_argument("--json", action="store_true", help="print one JSON object and nothing else")

@@ -45,6 +45,8 @@ def evaluate(options: argparse.Namespace) -> int:
             pipe.generators,
             Path(options.data),
             suite=options.suite,
+            only=options.only,
+            batch_size=options.batch_size,
             limit=options.limit,
             seed=options.seed,
             report=None if options.report is None else Path(options.report),

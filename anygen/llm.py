@@ -200,6 +200,7 @@ class LLM(nn.Module):
             raise CheckpointError(f"{directory} holds no adapter: adapter_config.json is missing")
         config = PeftConfig.from_pretrained(str(directory))
         config.base_model_name_or_path = None  # PEFT warns that a directory has another name than the hub's
+        config.inference_mode = False  # as PEFT saves it, True, the adapter would stand still in a training that goes on
         self.add_adapter(config)
         state = read_safetensors(directory, "adapter_model")
         check_fit(get_peft_model_state_dict(self.model), state, f"the adapter in {directory}")

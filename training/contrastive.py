@@ -41,8 +41,8 @@ class ContrastiveRecipe(Config):
     checksum: str | None = None
     """The icon set's checksum; None accepts any."""
     start: str | None = None
-    """Directory of an ImageBind that such a recipe trained, to go on from with its tokenizer; trunks that it lacks begin
-    untrained."""
+    """Directory of an ImageBind that such a recipe trained, to go on from with its tokenizer; trunks that it lacks are
+    new."""
     vocab_size: int = 4096
     variants: int = 8
     """Pictures composed of each icon."""
@@ -309,8 +309,9 @@ def go_on_from(directory: Path, model: ImageBindModel) -> tuple[Any, int]:
         ConfigError: the tokenizer is missing or has more tokens than the text trunk.
     """
     state, own = read_safetensors(directory), model.state_dict()
-    there = {".".join(key.split(".")[:2]) for key in state}
-    load_strict(model, state | {k: v for k, v in own.items() if ".".join(k.split(".")[:2]) not in there}, str(directory))
+    there = {key.split(".")[1] for key in state}
+    fresh = {key: value for key, value in own.items() if key.split(".")[1] not in there}
+    load_strict(model, state | fresh, str(directory))
     assert model.config.text is not None
     tokenizer = load_tokenizer(directory / "tokenizer.json", model.config.text.vocab_size)
     return tokenizer, sum(value.numel() for value in state.values())

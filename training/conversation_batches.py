@@ -82,8 +82,9 @@ class Collator:
 
         Returns:
             `input_ids`, `labels`, `segments` and `position_ids`, long[R, W]; `learned` and `targets`, long[L], which
-            states (of the flat batch) predict which token, and `weights` float32[L]; by modality `media` float[M, 1, C] and `slots` long[M * N],
-            `captions` (token ids by name) and `runs` long[M, S], the places in the flat batch.
+            states (of the flat batch) predict which token, and `weights` float32[L]; by modality `media`
+            float[M, 1, C] and `slots` long[M * N], `captions` (token ids by name) and `runs` long[M, S], the places in
+            the flat batch.
         """
         ids = [[example["ids"] for example in row] for row in rows]
         segments, places = segments_of(ids, self.width)

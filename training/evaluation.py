@@ -9,7 +9,7 @@ Shapes: B cases, S side in pixels.
 """
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -67,6 +67,8 @@ from anygen.training.sounds import SoundBank
 
 PAIRS, NAMED, CONTROLLED, RESTORED = 500, 300, 60, 256
 """Cases of a full run: (concept, style) pairs; icons to name; pictures a control; VAE reconstructions."""
+PARTS = ("image", "modality", "naming", "talk", "controls", "audio", "video", "retrieval", "matrix")
+"""What can be measured by itself."""
 MEDIA_KINDS = ("video", "audio", "several", "given", "impossible")
 """Kinds of held-out wordings beside those for pictures and small talk."""
 _HELD_OUT_STYLES = tuple(style.word for style in STYLES if style.held_out)
@@ -79,6 +81,7 @@ def evaluate(
     *,
     sounds_dir: Path | None = None,
     suite: str = "mini",
+    only: Collection[str] | None = None,
     limit: int | None = None,
     seed: int = 0,
     device: torch.device | str | None = None,
@@ -94,6 +97,7 @@ def evaluate(
         sounds_dir: the built sound bank, read only if the model hears or makes sounds; by default the folder `sounds`
             beside the icon set.
         suite: "mini" is the only one.
+        only: names of `PARTS`, the rows to measure; None measures all.
         limit: the most cases of a row, for a quick look; VAE reconstructions come by 64.
         seed: of the cases, and of the media's noise.
         device: where to move the model and the generators; by default they stay where they are.
@@ -101,12 +105,15 @@ def evaluate(
         report: a folder for the table and for media to look at.
 
     Raises:
-        ConfigError: an unknown suite.
+        ConfigError: an unknown suite, or unknown rows.
         ModalityError: the model has no image encoder, or no Stable Diffusion generator for images.
         CheckpointError: there is no icon set in `icons_dir`, or no sound bank where one is needed.
     """
     generator = _check(suite, model, generators)
-    icons, unseen = IconSet.load(icons_dir), IconSet.load(icons_dir, styles=_HELD_OUT_STYLES)
+    wanted = frozenset(PARTS if only is None else only)
+    if unknown := sorted(wanted - set(PARTS)):
+        raise ConfigError(f"there are no rows {', '.join(unknown)}; known: {', '.join(PARTS)}")
+    icons = IconSet.load(icons_dir)
     hears = "audio" in generators or "audio" in model.encoders
     bank = SoundBank.load(sounds_dir or icons_dir.with_name("sounds")) if hears else None
     if device is not None:
@@ -117,75 +124,49 @@ def evaluate(
     def most(count: int) -> int:
         return count if limit is None else min(count, limit)
 
-    rows, nearest = Rows(seed), NearestIcon(icons)
-    cases = pair_cases(icons, most(PAIRS), seed)
-    pictures = draw_captions(generator, cases, batch_size)
-    straight = judge(cases, pictures, nearest)
-    ceiling = rows.share("text -> image, condition straight from τ_X", [d.hit for d in straight], bar=0.95)
-    pictures, answers = draw_requests(model, generator, cases, batch_size)
-    drawn = judge(cases, pictures, nearest, answers)
-    reached = rows.share("text -> image, through LLM and output projector", [d.hit for d in drawn], bar=0.90)
-    names = Names(icons.concepts)
-    said = [case.concept in names.named(one.text) for case, one in zip(cases, answers, strict=True)]
-    rows.share("the words of these answers name what was asked for", said)
-    rows.add("retention: LLM path / τ_X path", reached / ceiling if ceiling else 0.0, len(cases), bar=0.95)
-
-    held_out = PictureSource(icons, seed=seed, device=generator.device, held_out=True)
-    restored = max(64, most(RESTORED) // 64 * 64)
-    psnr = measure(generator.vae, held_out, count=restored)["psnr"]
-    rows.add("VAE reconstruction", psnr, restored, bar=28, unit="dB")
-
-    asked = ask(model, routing_cases(icons, limit, seed), batch_size)
-    asked += ask_for_media(model, icons, bank, limit, seed, batch_size)
-    rows.share("modality asked for", [a.hit for a in asked], bar=0.97)
-    for wanted in sorted({a.wanted for a in asked}):
-        rows.share(f"modality asked for: {wanted}", [a.hit for a in asked if a.wanted == wanted])
-
-    batch = next(PictureSource(icons, seed=seed, held_out=True).batches(most(NAMED)))
-    shown = [int(icons.concept[icon]) for icon in batch.icons]
-    named = name_pictures(model, batch.pixels, shown, icons, seed=seed, batch_size=batch_size)
-    rows.share("image -> text, seen styles", [n.hit for n in named], bar=0.85)
-    chosen = _known_icons(unseen, icons, most(NAMED), seed)
-    shown = [int(unseen.concept[icon]) for icon in chosen]
-    foreign = name_pictures(model, on_white(unseen, chosen), shown, icons, seed=seed, batch_size=batch_size)
-    rows.share(f"image -> text, held-out style {_HELD_OUT_STYLES[0]}", [n.hit for n in foreign], bar=0.60)
-
-    talk = small_talk(model, held_out_chat()[:limit], batch_size)
-    talked = rows.share("small talk: words alone, the base LLM's own", talk, bar=0.95)
-
-    for name, control in CONTROLS.items():
-        cases = control_cases(icons, control, most(CONTROLLED), seed)
-        for path in ("τ_X", "LLM"):
-            pictures = (
-                draw_captions(generator, cases, batch_size)
-                if path == "τ_X"
-                else draw_requests(model, generator, cases, batch_size)[0]
-            )
-            kept = [p is not None and control.holds(c.drawing, p) for c, p in zip(cases, pictures, strict=True)]
-            rows.share(f"{name}, {path} path", kept)
+    rows, count, nearest = Rows(seed), 2**31 if limit is None else limit, NearestIcon(icons)
+    drawn, asked, named = list[Drawn](), list[Asked](), list[Named]()
+    if "image" in wanted:
+        drawn = picture_rows(rows, model, generator, icons, nearest, most, batch_size)
+    if "modality" in wanted:
+        asked = ask(model, routing_cases(icons, limit, seed), batch_size)
+        asked += ask_for_media(model, icons, bank, limit, seed, batch_size)
+        rows.share("modality asked for", [a.hit for a in asked], bar=0.97)
+        for kind in sorted({a.wanted for a in asked}):
+            rows.share(f"modality asked for: {kind}", [a.hit for a in asked if a.wanted == kind])
+    if "naming" in wanted:
+        named = picture_naming_rows(rows, model, icons, icons_dir, most, batch_size)
+    talk = small_talk(model, held_out_chat()[:limit], batch_size) if wanted & {"talk", "matrix"} else []
+    if "talk" in wanted:
+        rows.share("small talk: words alone, the base LLM's own", talk, bar=0.95)
+    if "controls" in wanted:
+        control_rows(rows, model, generator, icons, most, batch_size)
 
     filmed, heard, cells = list[Filmed](), list[Heard](), tuple[Cell, ...]()
     if set(generators) | set(model.encoders) > {"image"}:
-        count = 2**31 if limit is None else limit
-        thing = NearestThing(icons) if "video" in generators else None
-        sound = NearestSound(bank, device=model.device) if bank is not None else None
-        if bank is not None and sound is not None and "audio" in generators:
+        thing = NearestThing(icons) if "video" in generators and wanted & {"video", "matrix"} else None
+        hearing = bank is not None and wanted & {"audio", "naming", "matrix"}
+        sound = NearestSound(bank, device=model.device) if bank is not None and hearing else None
+        if bank is not None and sound is not None and "audio" in generators and "audio" in wanted:
             heard = sound_rows(rows, model, generators["audio"], bank, sound, count, batch_size)
-        if thing is not None:
+        if thing is not None and "video" in wanted:
             filmed = clip_rows(rows, model, generators["video"], icons, thing, count, batch_size)
-        naming_rows(rows, model, icons, bank, sound, count, batch_size)
-        galleries = {number: MediaOfThings(icons, bank, number) for number in range(seed, seed + SEEDS)}
-        retrieval(rows, joint_encoders(model), galleries, count, batch_size)
-        cells = matrix(
-            rows,
-            model,
-            generators,
-            MediaOfThings(icons, bank, seed),
-            Judge(nearest, thing, sound, bank),
-            talk=(talked, len(talk)),
-            most=count,
-            batch_size=batch_size,
-        )
+        if "naming" in wanted:
+            naming_rows(rows, model, icons, bank, sound, count, batch_size)
+        if "retrieval" in wanted:
+            galleries = {number: MediaOfThings(icons, bank, number) for number in range(seed, seed + SEEDS)}
+            retrieval(rows, joint_encoders(model), galleries, count, batch_size)
+        if "matrix" in wanted:
+            cells = matrix(
+                rows,
+                model,
+                generators,
+                MediaOfThings(icons, bank, seed),
+                Judge(nearest, thing, sound, bank),
+                talk=(sum(talk) / max(1, len(talk)), len(talk)),
+                most=count,
+                batch_size=batch_size,
+            )
 
     result = EvaluationResult(
         suite=suite,
@@ -196,10 +177,79 @@ def evaluate(
         matrix=cells,
     )
     if report is not None:
-        half = 32  # of each kind on the report's sheet
-        named = [*named[:half], *foreign[:half]]
         write_report(result, report, drawn=drawn, named=named, asked=asked, filmed=filmed, heard=heard)
     return result
+
+
+def picture_rows(
+    rows: Rows,
+    model: AnyGenModel,
+    generator: StableDiffusionGenerator,
+    icons: IconSet,
+    nearest: NearestIcon,
+    most: Callable[[int], int],
+    batch_size: int,
+) -> list[Drawn]:
+    """Draws the same pairs by caption and by request, restores pictures; returns those of the requests."""
+    cases = pair_cases(icons, most(PAIRS), rows.seed)
+    pictures = draw_captions(generator, cases, batch_size)
+    straight = judge(cases, pictures, nearest)
+    ceiling = rows.share("text -> image, condition straight from τ_X", [d.hit for d in straight], bar=0.95)
+    pictures, answers = draw_requests(model, generator, cases, batch_size)
+    drawn = judge(cases, pictures, nearest, answers)
+    reached = rows.share("text -> image, through LLM and output projector", [d.hit for d in drawn], bar=0.90)
+    names = Names(icons.concepts)
+    said = [case.concept in names.named(one.text) for case, one in zip(cases, answers, strict=True)]
+    rows.share("the words of these answers name what was asked for", said)
+    rows.add("retention: LLM path / τ_X path", reached / ceiling if ceiling else 0.0, len(cases), bar=0.95)
+    held_out = PictureSource(icons, seed=rows.seed, device=generator.device, held_out=True)
+    restored = max(64, most(RESTORED) // 64 * 64)
+    rows.add(
+        "VAE reconstruction",
+        measure(generator.vae, held_out, count=restored)["psnr"],
+        restored,
+        bar=28,
+        unit="dB",
+    )
+    return drawn
+
+
+def picture_naming_rows(
+    rows: Rows, model: AnyGenModel, icons: IconSet, icons_dir: Path, most: Callable[[int], int], batch_size: int
+) -> list[Named]:
+    """Asks what pictures show, in styles that were seen and in the one that was not; returns some of both."""
+    batch = next(PictureSource(icons, seed=rows.seed, held_out=True).batches(most(NAMED)))
+    shown = [int(icons.concept[icon]) for icon in batch.icons]
+    named = name_pictures(model, batch.pixels, shown, icons, seed=rows.seed, batch_size=batch_size)
+    rows.share("image -> text, seen styles", [n.hit for n in named], bar=0.85)
+    unseen = IconSet.load(icons_dir, styles=_HELD_OUT_STYLES)
+    chosen = _known_icons(unseen, icons, most(NAMED), rows.seed)
+    shown = [int(unseen.concept[icon]) for icon in chosen]
+    foreign = name_pictures(model, on_white(unseen, chosen), shown, icons, seed=rows.seed, batch_size=batch_size)
+    rows.share(f"image -> text, held-out style {_HELD_OUT_STYLES[0]}", [n.hit for n in foreign], bar=0.60)
+    half = 32  # of each kind on the report's sheet
+    return [*named[:half], *foreign[:half]]
+
+
+def control_rows(
+    rows: Rows,
+    model: AnyGenModel,
+    generator: Generator,
+    icons: IconSet,
+    most: Callable[[int], int],
+    batch_size: int,
+) -> None:
+    """Background, count and place, by caption and by request."""
+    for name, control in CONTROLS.items():
+        cases = control_cases(icons, control, most(CONTROLLED), rows.seed)
+        for path in ("τ_X", "LLM"):
+            pictures = (
+                draw_captions(generator, cases, batch_size)
+                if path == "τ_X"
+                else draw_requests(model, generator, cases, batch_size)[0]
+            )
+            kept = [p is not None and control.holds(c.drawing, p) for c, p in zip(cases, pictures, strict=True)]
+            rows.share(f"{name}, {path} path", kept)
 
 
 def draw_captions(generator: Generator, cases: Sequence[Case], batch_size: int = 16) -> list[Tensor | None]:

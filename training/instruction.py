@@ -230,7 +230,7 @@ class InstructionTrainer(Trainer):
             optimizer = optimizer or self.optimizer
             # An adapter that knows its work is not to follow the first gradients of projectors that know nothing.
             knows = self.recipe.start is not None and bool(self.recipe.renew)
-            slow = partial(factor, warmup=1000) if knows else factor
+            slow = partial(factor, warmup=500) if knows else factor
             by_group = [slow if group["part"] == "adapter" else factor for group in optimizer.param_groups]
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, by_group)
         return self.lr_scheduler

@@ -1,32 +1,43 @@
-"""Wordings of requests, questions and small talk that the embedded default learns from.
+"""Wordings of requests for pictures and plain talk that the embedded default learns from.
 
 The phrasings of `anygen eval` are other ones, written independently of these; a test keeps them apart. Slots: {x} what
-is asked for, {X} the same with a capital, {y} another thing, {n} a name, {p} and {q} plurals, {s} a style, {b} a
-background, {m} a motion.
+is asked for, {X} the same with a capital, {y} another thing, {n} a name, {p} and {q} plurals. Clips, sounds, questions
+about media and changes of them have their wordings in `phrases_media`.
 """
 
 from anygen.training.icons import TRAINED_STYLES
 
 ASK = (
-    "draw", "Draw", "please draw", "can you draw", "could you draw", "draw me", "show me", "show", "paint",
-    "paint me",
+    "draw", "Draw", "please draw", "can you draw", "could you draw", "draw me", "show me", "show", "paint", "paint me",
     "sketch", "make", "make me", "create", "generate", "produce", "design", "render", "illustrate", "give me",
-    "I want",
-    "I'd like", "I would like to see", "I need", "let me see", "can you show me", "could you please make",
-    "please create",
-    "would you draw", "can I see", "may I have", "I wish to see", "go ahead and draw", "now draw", "try to draw",
-    "just",
-    "how about", "what about", "let's see", "visualize", "depict", "quickly sketch", "send me", "we need",
+    "I want", "I'd like", "I would like to see", "I need", "let me see", "can you show me", "could you please make",
+    "please create", "would you draw", "can I see", "may I have", "I wish to see", "go ahead and draw", "now draw",
+    "try to draw", "just", "how about", "what about", "let's see", "visualize", "depict", "quickly sketch", "send me",
+    "we need", "take a pencil and draw", "sit down and sketch", "dear artist, please draw", "hand me",
+    "let us look at", "what I need is", "would you care to paint", "my request is to see",
+    "could you be persuaded to draw", "doodle", "please sketch", "I was wondering whether you could draw",
+    "would you be so kind as to paint", "is there any chance of seeing", "put together", "come up with",
+    "let me have a look at", "it would be great to see", "draw us", "your task is to draw", "I could do with",
+    "could I please see", "all I want is", "you may now paint", "please have a go at drawing", "I am hoping to get",
+    "without any explanation, draw", "use your brush and paint",
 )  # fmt: skip
 NOUN = (
     "a picture of", "an image of", "a drawing of", "an icon of", "an illustration of", "a sketch of", "a painting of",
     "some art of", "a photo of", "a graphic of", "an emoji of", "a nice picture of", "one picture of", "the image of",
     "a cute drawing of", "artwork showing", "a picture with", "a picture that shows", "a little icon showing",
+    "a quick doodle of", "a simple drawing of", "a small picture of", "a colourful illustration of", "a poster of",
+    "a sticker of", "a portrait of", "a pic of", "a still image of", "a logo with", "a postcard with",
+    "an avatar showing", "a wallpaper with", "a clear picture of", "a book cover showing", "a drawing that shows",
+    "just a picture of", "a single image with",
 )  # fmt: skip
 TAIL = (
     "", "", "", "", "", " please", ", please", ", thanks", " for me", " for my kid", " for my website", " now",
-    ", would you?", " if you can", " for a card", ", thank you!", " for my blog", " right away",
-    " for a presentation",
+    ", would you?", " if you can", " for a card", ", thank you!", " for my blog", " right away", " for a presentation",
+    " to stick on my laptop", ", no explanation", ". No explanation, please", " and nothing else", ", no text",
+    ", only the picture", ", and say nothing about it", ", I am in a hurry", " for our school newspaper",
+    " for the cover of my notebook", ", my son is waiting", " to hang on my wall", ", my dear", " before lunch",
+    ", just for fun", " when you have a moment", " as a gift for my mother", " on the double", ", pretty please",
+    ", thank you in advance", ", if it isn't too much trouble", ", if you don't mind", " for a T-shirt", " thx",
 )  # fmt: skip
 WHOLE = (
     "{x}", "{x}, please", "picture: {x}", "image of {x}", "draw: {x}", "{x} - can you draw that?", "{X}.",
@@ -39,76 +50,157 @@ WHOLE = (
     "generate image {x}", "create an image: {x}", "i need an icon, {x}", "can u draw {x}", "pls draw {x}",
     "Would it be possible to see {x}?", "Make a sticker with {x}.", "Put {x} into a picture.", "Illustrate this: {x}",
     "Produce artwork. Subject: {x}.", "The picture should show {x}.", "I'd love to see {x}!", "{x}, drawn",
+    "{x} pleaaase, as a drawing", "Only the picture, no words: {x}.", "{X}. Just the image, please, no explanation.",
+    "No talking, no comments. {X}.", "{X} is what I want to see.", "{X}, that is all I would like on the page.",
+    "{X}: please turn this into a picture.", "{X} would look lovely on my fridge. Could you draw it?",
+    "{X} - my niece has asked for that all day. Would you draw it for her?",
+    "{X}, and make it quick, the printer is already on!", "{X}? I'd hang that on my wall. Make me one!",
+    "{x} plz, pic only", "any chance u could draw {x}?", "hey can i get a pic of {x}", "yo, draw me {x} real quick",
+    "so i was thinkin, maybe u can paint {x} for me", "gimme {x} lol", "ok now {x}", "lets try {x}",
+    "hmm, {x} maybe? as a drawing", "need img of {x} asap", "cn you drwa {x} please", "pic: {x}. thx!", "{x} !!",
+    "I am a teacher and my class is learning about shapes and colours. Please draw {x} for the blackboard.",
+    "I'm a nurse on a children's ward, and one of the boys has asked for {x}. Can you draw it?",
+    "As a baker I decorate cakes, and tomorrow's cake needs {x} on top. Draw a template for me.",
+    "I run a small bookshop and need a bookmark with {x} on it.",
+    "We are a band looking for an album cover. It should show {x}.",
+    "You are a skilled illustrator. Your client wants {x}. Deliver the illustration.",
+    "You are a painter with a steady hand; your next work is {x}.",
+    "Act as a sketch artist and draw this for me: {x}.",
+    "As an art assistant, respond to the following order with a picture only. Order: {x}.",
+    "My dog ate my homework, so I must hand in a new drawing: {x}.",
+    "My grandmother is knitting a sweater and wants to see {x} as a pattern first.",
+    "The cat is asleep, the tea is hot, and now I'd like to look at a nice drawing of {x}.",
+    "We went to the zoo, the market and the harbour today, but what my son remembers is {x}. Please draw that.",
+    "I have already drawn a tree, a house and the sun; what is still missing in my album is {x}.",
+    "Not a car, not a bird, not a flower: I want {x}.", "Last week you made me a boat. This week I would like {x}.",
+    "Everyone else draws cats and dogs, but I would rather see {x}.",
+    "My brother got a guitar for his birthday. On his card there should be {x}.",
+    "At the flea market I almost bought a lamp; instead I would like a picture that shows {x}.",
+    "There was a long talk about spoons at dinner. Anyway, could you paint {x}?",
+    "I told my boss about my bicycle, and he only asked for {x} on the front page. Can you make that?",
+    "After a long day at the office with phones and papers, nothing would please me more than a picture of {x}.",
+    "Between the clock and the window there is an empty frame. Fill it with {x}.",
+    "For a game with my kids I need cards. The first card shows {x}.",
+    "I'm learning Spanish with flashcards, and the next card needs {x} on it.",
+    "My app is almost ready, only one button still lacks its icon: {x}.",
+    "The invitation for our summer party should have {x} on it; please draw it.",
+    "I'm writing a children's book, and on page three the reader sees {x}. Illustrate that page.",
+    "Our club is looking for a new badge. How about {x}? Design it, please.",
+    "To cheer up my sister, who broke her leg, I want to send her {x} as a drawing.",
+    "We need something for the kitchen wall, and my wife suggested {x}. Could you paint that?",
+    "Before I go to bed, one more picture: {x}.",
+    "If I gave you a pencil and a sheet of paper, could you draw {x}? Then please do.",
+    "If you had to paint {x}, how would you do it? Show me the result.",
+    "I wonder what {x} would look like in a picture. Can you show me?",
+    "Is it possible for you to create an image where I can see {x}?", "Would you happen to have a picture of {x}?",
+    "Have you got a drawing of {x} for me?", "Do you think you could manage {x}? I'd like to see it.",
+    "What about a nice illustration? I had {x} in mind.", "How would {x} look on a postcard? Let me see one.",
+    "May I ask you for a small favour? I would love a drawing that shows {x}.",
+    "Where is my picture? I had asked for {x}!", "Who can draw {x}? You can! Go ahead.", "Ready? Then draw this: {x}.",
+    "I close my eyes and see {x}. Put that on the canvas.", "In my dream last night there was {x}; paint what I saw.",
+    "I'd be over the moon if you drew {x} for me.", "I wish I had a picture of {x}.",
+    "If only somebody would draw {x} for me...", "Nothing would make me happier right now than to see {x}.",
+    "My only wish for today: {x}, beautifully drawn.",
+    "It has always been my dream to have {x} in a frame above my desk.",
+    "It would help me a lot to have an image of {x} for my report.", "You know what I really need? {X}, as an image.",
+    "Follow these instructions: make one picture, add no text, show {x}.", "Task: create a still image. Content: {x}.",
+    "Input: {x}. Output: an image.",
+    "Your assignment is the following. Take the description below and make a picture from it. Description: {x}",
+    "Read the description and draw it. {X}.", "Write nothing. Draw {x}.",
+    "Don't describe it, don't explain it, just draw {x}.", "Instead of telling me about it, show me a picture of {x}.",
+    "Words will not do here; I have to see {x} with my own eyes. Draw it, please.",
+    "Answer with an image and no words: {x}", "I don't want a poem or a story, I want to look at {x}.",
+    "I do not need a video, a still picture is enough: {x}.",
+    "Use whatever colours you like, but the subject has to be {x}.",
+    "{X}, exactly that and nothing more, in one image.", "On the first page of my diary I'd like {x}, please.",
+    "Fill the screen with {x}.", "Onto the canvas with {x}!", "One drawing, one subject: {x}.",
+    "Subject of the drawing: {x}. Purpose: a birthday card.", "new picture, {x}",
+    "Next picture please. It should be {x}.",
+    "Good evening! I hope you are well. Would you kindly prepare an image with {x}?",
+    "Hello again, it's me. This time I'd like you to draw {x}, thank you.",
+    "Dear assistant, please be so good as to send me a picture showing {x}. Kind regards, Paul.",
+    "Excuse me, could you help me out with an illustration of {x}?",
+    "Sorry to bother you, but I really need to see {x} today.", "Thanks for the last one! Now please do {x}.",
+    "My little one can't sleep, draw {x} so that she calms down.", "Here's a challenge for an artist like you: {x}!",
+    "Let's play a game: I say something and you draw it. {X}!",
+    "The exhibition opens tomorrow and one picture has not arrived. It showed {x}. Please make a new one.",
+    "A friend of mine who collects stamps is looking for a design with {x}. Make one for him.",
+    "While I am cooking soup, could you sketch {x} for the menu?", "I can't draw at all, so please do it for me: {x}.",
 )  # fmt: skip
 PAIR = (
     "Draw {x} and then {y}.", "Show me {x}, then show me {y}.", "I want two pictures: {x} and {y}.",
     "First {x}, after that {y}.", "Make one picture of {x} and another one of {y}.", "Draw {x}. Also draw {y}.",
     "Please create a picture of {x} and a separate picture of {y}.", "Can you draw {x} and also {y}, each by itself?",
     "Two images please, one with {x}, one with {y}.", "paint {x}, and next {y}", "{X} first and {y} second, please.",
-    "Give me a drawing of {x} followed by a drawing of {y}.", "draw both: {x} and {y}",
-    "Let me see {x} and then {y}.",
+    "Give me a drawing of {x} followed by a drawing of {y}.", "draw both: {x} and {y}", "Let me see {x} and then {y}.",
+    "My wall has room for two frames. One is for {x}, the other for {y}.",
+    "I need {x} for the front of the card and {y} for the back, as two pictures.",
+    "One picture with {x}, then a second picture with {y}.",
+    "Can I have {x}? And after that {y}, in a picture of its own?",
+    "{X}, please. And when you are done with that, {y}.", "Two drawings: the first should show {x}, the second {y}.",
+    "My son wants {x}, my daughter wants {y}. Draw one for each of them.",
+    "Start with a drawing of {x}, and finish with one of {y}.", "two pics pls, {x} + {y}",
+    "Make an image of {x}. Next, make an image of {y}.", "Not one but two images: {x}, and separately {y}.",
+    "I'd like to compare {x} with {y}; give me a picture of each.", "Sketch {x} on one sheet and {y} on another.",
+    "For my flashcards I need {x} and also {y}, on separate cards.",
+    "Please paint {x}; I also want a painting of {y}.",
+    "Could you show me what {x} looks like, and then what {y} looks like, in two pictures?",
+    "As well as {x}, I would like {y}, each in its own image.",
+    "I want to see {x} first. Once I have seen that, show me {y}.", "{x} in the first image, {y} in the second",
+    "A pair of pictures for the bedroom, please: {x} for the left wall, {y} for the right one.",
 )  # fmt: skip
-NAME_IT = (
-    "What is this?", "what is it", "What do you see?", "What is shown here?", "Name this.", "Identify the object.",
-    "What's in the picture?", "Can you tell me what this is?", "What does the image show?", "Which thing is this?",
-    "Do you recognise this?", "What am I looking at?", "Tell me what is in this image.", "What is that called?",
-    "and this?",
-    "Look at this. What is it?", "Who or what is this?", "Please name the thing in this picture.", "what's this", "",
-)  # fmt: skip
-DESCRIBE = (
-    "Describe this picture.", "Describe the image.", "Write a caption.", "Give me a caption for this.",
-    "What does this picture look like?", "Tell me everything about this image.", "Explain what you see in detail.",
-    "Caption this image, please.", "How would you describe this?", "Describe it with style and background.",
-)  # fmt: skip
-ASK_STYLE = (
-    "Which style is this drawn in?",
-    "What is the style of this picture?",
-    "In what style is it drawn?",
-    "style?",
-)
-ASK_GROUND = (
-    "What is the background?", "What colour is the background?", "Where is it?", "What is behind it?",
-    "Which background does the picture have?", "What color is behind the object?",
-)  # fmt: skip
-ASK_COUNT = (
-    "How many are there?",
-    "How many things are in the picture?",
-    "Count them.",
-    "how many?",
-    "How many do you see?",
-)
-AGAIN = (
-    "Draw this again", "Draw the same thing", "Make me another one of these", "Redraw this", "Draw it once more",
-    "Show me one like this", "Now you draw it", "Can you draw this", "Make a picture like this", "Draw what you see",
-)  # fmt: skip
-AGAIN_JOINTS = ("{}, {}", "{}, {}", "{}. {}")
-"""A request to make it again, and a change."""
-CHANGE_THING = (
-    "now make it {x}", "Now draw {x} instead.", "Change it to {x}.", "And now {x}?", "Make it {x}", "now {x}",
-    "Replace it with {x}.", "I would rather have {x}.", "Can it be {x} instead?", "the same but with {x}",
-)  # fmt: skip
-CHANGE_STYLE = (
-    "now in the {s} style", "Make it {s}.", "Can I have it in {s} style?", "Use the {s} style instead.",
-    "and in {s}?",
-)  # fmt: skip
-CHANGE_GROUND = (
-    "now put it {b}", "Place it {b}.", "Same thing {b}, please.", "Can it be {b}?", "and {b}?",
-    "Change the background: {b}",
-)  # fmt: skip
-CHANGE_COUNT = ("now {n} of them", "Draw {n}.", "Make it {n}.", "I want {n} of these.", "and with {n}?")
-CANNOT = {
-    "image": ("Draw {x}.", "Show me a picture of {x}.", "Paint {x} for me.", "I want {x} on paper."),
-    "video": ("Make a video of {x}.", "Show me a clip of {x} moving.", "Animate {x}.", "I want a short film with {x}."),
-    "audio": (
-        "Let me hear {x}.",
-        "Play the sound of {x}.",
-        "What does {x} sound like? Play it.",
-        "Make a noise like {x}.",
+JOIN = (
+    (
+        "{0}, {1}", "{0}, and {1}", "{0} and then {1}", "{0}. Then {1}", "First {0}, after that {1}", "{0}, then {1}",
+        "{0}. Also {1}", "{0}; {1}", "{0}, and after that {1}", "{0}, and also {1}",
+        "Start like this: {0}. Continue like this: {1}", "Two things, please. {0}, and {1}", "1. {0} 2. {1}",
+        "I have two wishes: {0}, and then {1}", "{0}. When that is done, {1}",
     ),
-    "smell": ("Let me smell {x}.", "What does {x} smell like? Let me smell it.", "Make the smell of {x}."),
-    "taste": ("Let me taste {x}.", "Cook {x} for me so that I can taste it.", "Give me the taste of {x}."),
-    "thing": ("Print {x} in 3D.", "Build me a real {n}.", "Send me {x} by post.", "Bring me {x} to touch."),
-}
+    (
+        "{0}, {1}, and {2}", "{0}, {1} and {2}", "{0}. {1}. {2}", "First {0}, then {1}, finally {2}",
+        "{0}, then {1}, then {2}", "Three things: {0}; {1}; {2}", "1. {0} 2. {1} 3. {2}",
+        "To begin with, {0}. Next, {1}. At the end, {2}", "{0}, then {1}, and last of all {2}",
+        "Please do the following in this order: {0}, {1}, {2}", "{0}; {1}; and {2}",
+        "{0}. After that {1}, and finally {2}",
+    ),
+)  # fmt: skip
+"""Requests in a row, two and three of them."""
+CANNOT = {
+    "image": (
+        "Draw {x}.", "Show me a picture of {x}.", "Paint {x} for me.", "I want {x} on paper.",
+        "Could you sketch {x} for me?", "I'd like to see a drawing of {x}.", "Make me an image that shows {x}.",
+        "For my wall I need a picture of {x}.", "Design an icon with {x}.", "Can I get a photo of {x}?",
+    ),
+    "video": (
+        "Make a video of {x}.", "Show me a clip of {x} moving.", "Animate {x}.", "I want a short film with {x}.",
+        "I would like to watch a movie of {x}.", "Could you film {x} for me?", "Turn {x} into an animation.",
+        "Is it possible to get a video with {x}?", "I want to see {x} in motion, as a clip.", "gif of {x} please",
+    ),
+    "audio": (
+        "Let me hear {x}.", "Play the sound of {x}.", "What does {x} sound like? Play it.", "Make a noise like {x}.",
+        "Sing me {x}, I want to listen.", "I want to listen to {x}.", "Make an audio recording of {x}.",
+        "Can you imitate the sound of {x} so that I hear it?", "I'd love to hear {x} right now.",
+        "Give me a sound effect of {x}.",
+    ),
+    "smell": (
+        "Let me smell {x}.", "What does {x} smell like? Let me smell it.", "Make the smell of {x}.",
+        "I would like a whiff of {x}.", "I want to smell {x}.", "Can you fill my room with the scent of {x}?",
+        "Give me the odour of {x} to sniff.", "Could you create a perfume that smells like {x}?",
+        "Let my nose enjoy {x}, please.",
+    ),
+    "taste": (
+        "Let me taste {x}.", "Cook {x} for me so that I can taste it.", "Give me the taste of {x}.", "Feed me {x}.",
+        "I want to know the taste of {x}, let me try it.", "Put the flavour of {x} on my tongue.",
+        "Can I have a taste of {x} from you?", "Serve me {x}, I want to try it.",
+        "Let my tongue feel what {x} tastes like.",
+    ),
+    "thing": (
+        "Print {x} in 3D.", "Build me a real {n}.", "Send me {x} by post.", "Bring me {x} to touch.",
+        "Mail {x} to my house.", "Can you hand me a real {n}?", "I want to hold a real {n} in my hand, give me one.",
+        "Deliver {x} to my door by tomorrow.", "Carve {x} out of wood for me.",
+        "Order {x} for me and have it shipped.",
+    ),
+}  # fmt: skip
 """What is asked for -> requests for it; none of these is made where the model has no such modality."""
 CANNOT_NOUN = {
     "image": "pictures",
@@ -121,168 +213,182 @@ CANNOT_NOUN = {
 
 PLAIN = (
     "What is {x}?", "Tell me a fact about {p}.", "Where can I buy {x}?", "Why do people like {p}?",
-    "Write a poem about {p}.",
-    "How much does {x} cost?", "How do you spell {n}?", "Translate {n} into French.", "What is the history of {p}?",
-    "Write a short story about {x}.", "What rhymes with {n}?", "Is {x} dangerous?", "How do I learn to draw {p}?",
-    "Who was the first person to paint {p}?", "What is the plural of {n}?", "Give me three facts about {p}.",
-    "Explain {p} to a child.", "What colours do artists use for {p}?", "Compare {p} and {q}.",
-    "What is {x} used for?",
-    "How are {p} made?", "Which is better, {p} or {q}?", "List five words about {p}.", "Can you define {n}?",
-    "What do {p} and {q} have in common?", "Do you like {p}?", "Have you ever seen {x}?", "What does {n} mean?",
-    "I have {x} at home.", "My friend has {x}.", "I drew {x} yesterday.", "I saw a picture of {x} today.",
-    "What makes a good picture of {x}?", "How can I take better photos of {p}?", "Which painter is famous for {p}?",
-    "Describe {x} in words.", "Tell me about {p} without any picture.", "Write an essay on {p}.",
-    "Give me a recipe with {p}.",
+    "Write a poem about {p}.", "How much does {x} cost?", "How do you spell {n}?", "Translate {n} into French.",
+    "What is the history of {p}?", "Write a short story about {x}.", "What rhymes with {n}?", "Is {x} dangerous?",
+    "How do I learn to draw {p}?", "Who was the first person to paint {p}?", "What is the plural of {n}?",
+    "Give me three facts about {p}.", "Explain {p} to a child.", "What colours do artists use for {p}?",
+    "Compare {p} and {q}.", "What is {x} used for?", "How are {p} made?", "Which is better, {p} or {q}?",
+    "List five words about {p}.", "Can you define {n}?", "What do {p} and {q} have in common?", "Do you like {p}?",
+    "Have you ever seen {x}?", "What does {n} mean?", "I have {x} at home.", "My friend has {x}.",
+    "I drew {x} yesterday.", "I saw a picture of {x} today.", "What makes a good picture of {x}?",
+    "How can I take better photos of {p}?", "Which painter is famous for {p}?", "Describe {x} in words.",
+    "Tell me about {p} without any picture.", "Write an essay on {p}.", "Give me a recipe with {p}.",
+    "Explain in words how {x} is put together.", "In words only, what shape does {x} have?",
+    "Don't draw {x}, just tell me what it is for.", "I don't need a picture of {x}, I only want to know who uses it.",
+    "No images, please. What should I know about {p}?", "Please do not show me {x}. I would rather read about it.",
+    "Without drawing anything, tell me how {x} is different from {q}.",
+    "I have seen enough pictures of {p}; what are they good for?",
+    "Stop with the pictures, I only have a question: are {p} expensive?",
+    "Can you talk about {p} instead of drawing them?", "Just answer in text: how heavy is {x}?", "I bought {x} today.",
+    "My {n} is broken.", "My {n} is gone and I am sad about it.", "I lost my {n} on the bus.",
+    "I got {x} for my birthday!", "My sister is afraid of {p}.", "I had a dream about {x} last night.",
+    "My son can't stop talking about {p}.", "I used to collect {p} when I was young.",
+    "We talked about {p} in class today.", "Yesterday I read an article on {p}.",
+    "My grandfather used to tell us a story about {x}.", "There was {x} in the movie that I watched.",
+    "I think {p} are overrated.", "Honestly, I prefer {p} to {q}.", "I can't decide between {x} and one of those {q}.",
+    "I have been looking at {p} all day.", "I have been trying to draw {x} for hours, and I am tired of it.",
+    "My drawing of {x} won a prize at school.", "The {n} in my picture came out wrong, what could the reason be?",
+    "{p} make me happy.", "{x} costs far too much these days.", "nobody in my family likes {p}", "i just sold my {n}",
+    "my cat is scared of {p}, why", "are {p} heavy", "is {x} worth the money", "What is the price of {x} nowadays?",
+    "How much would you pay for {x}?", "Where do {p} come from?", "When did people first see {x}?",
+    "Who came up with {x} first?", "How long does {x} last?", "How big is {x} on average?",
+    "How many kinds of {p} are there?", "What is the biggest problem with {p}?", "How do I take care of {x}?",
+    "How should {p} be stored?", "Can {x} be repaired?", "Can I take {x} on a plane?", "Are {p} allowed in hotels?",
+    "Is {x} a good gift for a ten-year-old?", "Should I get {x} or save my money?", "Is it rude to give somebody {x}?",
+    "What would you do with {x}?", "What would the world be like without {p}?", "Why are {p} so popular in Japan?",
+    "Why do children love {p}?", "Are {p} the same all over the world?", "What do scientists say about {p}?",
+    "Name two things that go well with {x}.", "What could I use in place of {x}?",
+    "What do you call someone who loves {p}?", "What is another word for {n}?", "Use {n} in a sentence.",
+    "Is {n} a noun or a verb?", "How many letters are in the word {n}?", "What is the first letter of {n}?",
+    "How do you pronounce {n}?", "Where does the word {n} come from?", "Say {n} in German.",
+    "How would an Italian say {n}?", "Correct my sentence: I has {x} at home.", "Write the word {n} backwards.",
+    "Give me a synonym of {n} and a sentence with it.", "What does it mean to dream of {x}?",
+    "What does {x} stand for in literature?", "Is there a proverb about {p}?", "Do you know a joke about {p}?",
+    "Make up a riddle whose answer is {n}.", "A riddle for you: what do {p} have that {q} do not have?",
+    "Write four lines that rhyme about {x}.", "Write a limerick about {x} and a sailor.",
+    "Make up a bedtime story in which {x} meets a dragon.", "Compose a short song text about {p}, words only.",
+    "Give me a slogan for a shop that sells {p}.", "Write an advertisement for {x}.",
+    "Write a letter to a friend in which you mention {x}.", "Write a dialogue between {x} and a teacher.",
+    "Think of a funny name for {x}.", "Suggest a title for a book about {p}.", "Summarise what is known about {p}.",
+    "Explain the difference between {p} and {q} in two sentences.", "Are {p} older than {q}?",
+    "Which of the two costs more, {x} or one of the {q}?", "If {x} could talk, what would it say?",
+    "If you had {x}, where would you keep it?", "Would you rather have {x} or a million dollars?",
+    "True or false: {p} can be found in every country.", "Make a quiz question about {p}.",
+    "Make a list of three reasons to own {x}.", "Show me that you know something about {p}: tell me one fact.",
+    "Show me, in writing, how {x} works.", "Draw a comparison between {p} and {q}.",
+    "Create a table of words that have to do with {p}.", "Give me tips for someone who has never had {x}.",
+    "Describe the history of {p} in one paragraph.", "How difficult is it to draw {x}?",
+    "Which pencil is best for sketching {p}?", "What should I keep in mind when I paint {x}?",
+    "In which order do I draw the parts of {x}?", "How do painters get the light right on {p}?",
+    "Is it hard to photograph {p}?", "Which lens would you use to photograph {x}?",
+    "Am I allowed to take pictures of {p} in a museum?", "What is the best time of day to film {x}?",
+    "How do film makers record {x} without noise?", "How would I animate {x}? Explain the steps.",
+    "Who has made a famous film about {x}?", "What kind of microphone do I need to record {x}?",
+    "Does {x} make any sound?", "Describe the sound of {x} in words.", "Why are {p} so noisy, or are they?",
+    "Tell me in a sentence how {x} sounds.", "How would you put the look of {x} into words for a blind person?",
+    "What colour is {x}, usually?", "What does {x} feel like when you touch it?",
+    "How does {x} move, if it moves at all? Explain it.", "How fast is {x}?", "Which parts does {x} have?",
+    "What is {x} made of?", "Did artists of the Renaissance paint {p}?",
+    "Should I hang a picture of {x} in the kitchen or in the hall?", "What do you think of my plan to film {p}?",
+    "I filmed {x} last summer.", "I recorded the sound of {x} with my phone, it was fun.",
+    "The photo of {x} in my hall is ten years old.", "Have you ever drawn {x}?", "Can you see {x} from where you are?",
+    "Do you ever get tired of {p}?", "What comes to mind when you think of {x}?", "Is there {x} in the Bible?",
 )  # fmt: skip
 PLAIN_FIXED = (
     "Hello!", "Hi", "Hey there", "Good morning", "How are you?", "Who are you?", "What can you do?", "Thanks!",
-    "Thank you.",
-    "Bye", "See you later", "What is the capital of France?", "What is the capital of Japan?", "What is 2 + 2?",
-    "What is 17 times 3?", "Tell me a joke.", "What is your name?", "Who wrote Hamlet?", "What is gravity?", "ok",
-    "How far is the moon?", "What day comes after Monday?", "Write a haiku.", "I am tired.", "I feel sad today.",
-    "Can you help me?", "What is photosynthesis?", "Why is the sky blue?", "What is the largest ocean?", "yes", "no",
-    "Write a Python function that adds two numbers.", "Solve x + 3 = 7.", "Summarise the plot of Romeo and Juliet.",
-    "What should I cook tonight?", "Give me some advice.", "How old is the earth?", "What is an LLM?", "Define love.",
-    "Who painted the Mona Lisa?", "What is a good way to learn drawing?",
-    "What is the difference between art and craft?",
+    "Thank you.", "Bye", "See you later", "What is the capital of France?", "What is the capital of Japan?",
+    "What is 2 + 2?", "What is 17 times 3?", "Tell me a joke.", "What is your name?", "Who wrote Hamlet?",
+    "What is gravity?", "ok", "How far is the moon?", "What day comes after Monday?", "Write a haiku.", "I am tired.",
+    "I feel sad today.", "Can you help me?", "What is photosynthesis?", "Why is the sky blue?",
+    "What is the largest ocean?", "yes", "no", "Write a Python function that adds two numbers.", "Solve x + 3 = 7.",
+    "Summarise the plot of Romeo and Juliet.", "What should I cook tonight?", "Give me some advice.",
+    "How old is the earth?", "What is an LLM?", "Define love.", "Who painted the Mona Lisa?",
+    "What is a good way to learn drawing?", "What is the difference between art and craft?",
     "Which colours mix to green?", "How does a camera work?", "What is a pixel?", "Who invented photography?",
     "Draw a conclusion from these facts: it rains and the street is wet.", "Paint dries slowly, why?",
-    "Show me how to solve 3x = 12.", "Show your work: 12 * 12.",
-    "Picture this: you win a million. What would you do?",
+    "Show me how to solve 3x = 12.", "Show your work: 12 * 12.", "Picture this: you win a million. What would you do?",
     "Make a list of fruits.", "Create a plan for my week.", "Generate three names for a cat.", "Give me a quote.",
     "Illustrate your point with an example in words.", "Sketch an outline for an essay.", "Design a workout plan.",
     "Make me laugh.", "Show me the way to Paris in words.", "Write a caption for my holiday.", "I need a friend.",
+    "Is a tomato a fruit?", "Why do dogs wag their tails?", "Draw the line somewhere.",
+    "What does a sound engineer do?", "Where should I draw the line with a rude colleague?",
+    "What does it mean to draw a blank?", "The match ended in a draw, what does that mean?",
+    "How do you draw water from a well?", "Draw up a contract for a rented room, in words.",
+    "Draw on your knowledge and tell me why leaves turn red.", "Why do moths get drawn to light?",
+    "What is the luck of the draw?", "Show some respect, please.", "Show that the square root of 2 is irrational.",
+    "Show me how to tie a tie, step by step in words.", "Can you show me how to say hello in Korean?",
+    "What was the first talk show on television?", "The show must go on, who sang that?",
+    "What time does the show start?", "Let me show you something later.", "Make a decision for me: tea or coffee?",
+    "How do I make pancakes?", "Make sure that you answer briefly. What is a noun?",
+    "Make a sentence with the word although.", "Does that make sense?", "What makes a leader good?",
+    "It doesn't make any difference to me.", "Make up your mind!",
+    "Play along with me: you are a king. What is your first law?", "Who wrote the play about Macbeth?",
+    "How do you play chess?", "What are the rules of hide and seek?", "Children should play outside more often.",
+    "What is the longest play in theatre history?", "Don't play games with me.", "Have you heard the news?",
+    "I hear that you are clever.", "I can't hear you.", "It is good to hear from you.", "Where did you hear that?",
+    "How does the ear hear?", "Why can't we hear anything in space?", "Why does my picture hang crooked?",
+    "Do you get the picture?", "What is the bigger picture here?",
+    "Who took the first picture of the earth from space?", "Which film won the most Oscars?", "What is film made of?",
+    "How long is an average film?", "Recommend a film for a rainy evening.", "Who directed the film Casablanca?",
+    "What is the world record in the long jump?", "Who holds the record for the marathon?",
+    "Keep a record of what I spend: 5 for bread, 3 for milk. What is the sum?", "How do I record my screen?",
+    "Why do people still buy vinyl records?", "What does off the record mean?",
+    "Sketch the events that led to the French Revolution.", "What is a comedy sketch?",
+    "Give me a rough sketch of your argument, in three sentences.", "That sounds like a plan.",
+    "That sounds wrong to me.", "What is the speed of sound?", "Is sound a wave or a particle?",
+    "Why does my own voice sound strange when I record it?", "A sound mind in a sound body, who said that?",
+    "I am safe and sound.", "How do companies work on their public image?",
+    "What is the image of a function in mathematics?", "How do I compress an image file?",
+    "Which is better for an image, PNG or JPEG?", "What is a mirror image?", "How large is a video in megabytes?",
+    "Why does my video not load?", "Is it legal to copy a video?", "How do I become a video editor?",
+    "When was the first video game sold?", "Which camera should a beginner buy?", "What is an animation studio?",
+    "How do I paint a wall without streaks?", "What is paint made of?", "Paint the town red, what does that mean?",
+    "Which glue works on wood?", "What is a painter's easel for?", "Is a photo worth a thousand words?",
+    "Can you see colours?", "Can you hear me?", "Do you watch television?", "What is your favourite song?",
+    "What is the difference between noise and music?", "Who composed the Moonlight Sonata?",
+    "What are the notes of a C major chord?", "How many strings does a cello have?", "Explain rhythm to a beginner.",
+    "What is a drummer's job in a band?", "Write the lyrics of a lullaby.",
+    "Write a scene for a film in which two old friends meet.", "Write a script for a short video about saving water.",
+    "Describe a sunset in words.", "Describe your favourite painting without showing it.",
+    "Please answer in words only: what is art?", "No pictures today, let's just talk.",
+    "I don't want an image, I want advice.", "Why did you draw that?", "Do you enjoy drawing?",
+    "Are your pictures protected by copyright?", "How do you make images?",
+    "Imagine you are a pirate. How do you greet me?",
+    "Render this sentence in plain English: the party of the first part shall pay.", "Create a password hint for me.",
+    "Produce a summary of the water cycle.", "Generate a random number between 1 and 10.",
+    "Design a questionnaire about sleep.", "Give me a hand.", "Give me the definition of a prime number.",
+    "I want to be left alone.", "I need to lose weight.", "I'd like to learn to swim.",
+    "Let me see, what was I going to say?", "Can I see a doctor without an appointment?",
+    "How about going for a walk?", "What about you?", "Bring this sentence into the past tense: she goes home.",
+    "Put these words in order: school I to go.", "Turn left or right at the crossroads, how do I decide?",
+    "Convert 5 miles to kilometres.", "What is the opposite of loud?", "Which animal sleeps the longest?",
+    "How does a trumpet player breathe?", "What is the weather like on Mars?",
 )  # fmt: skip
 
 GREET = (
-    "Hello", "Hi", "Hello there", "Good morning", "Good afternoon", "Good day",
-    "Greetings", "Welcome back", "Howdy", "Yo", "Hiya", "Morning", "Evening",
+    "Hello", "Hi", "Hello there", "Good morning", "Good afternoon", "Good day", "Greetings", "Welcome back", "Howdy",
+    "Yo", "Hiya", "Morning", "Evening", "Ahoy", "Hey hey", "Hello again", "Hey you", "Good to see you", "Salut",
+    "Hallo", "Hello, hello", "Top of the morning",
 )  # fmt: skip
 PART = (
     "Bye", "Goodbye", "Bye bye", "Sleep well", "See you", "See you soon", "See you tomorrow", "So long",
     "Talk to you later", "Have a nice day", "Have a good one", "Take care", "Until next time", "Good bye for now",
     "I have to go", "I am off to bed", "That is all for today", "Catch you later", "Farewell", "Enjoy your evening",
+    "I must be off", "Time for me to leave", "Sleep tight", "See you around", "Later", "Until tomorrow",
+    "I will be back", "It was nice talking to you", "We are done here", "All the best", "Have a great weekend",
 )  # fmt: skip
 REPLY = (
-    "Thanks", "Thank you", "Thank you so much", "Great", "Nice", "Cool", "Wow", "Perfect", "Well done",
-    "Good job", "I see", "Okay", "Fine", "Sure", "Right", "Never mind", "Sorry", "Yes please", "No thanks", "Maybe",
-    "I like it", "That is beautiful", "I love it", "Not bad", "Really", "You are welcome", "Congratulations", "Oh",
+    "Thanks", "Thank you", "Thank you so much", "Great", "Nice", "Cool", "Wow", "Perfect", "Well done", "Good job",
+    "I see", "Okay", "Fine", "Sure", "Right", "Never mind", "Sorry", "Yes please", "No thanks", "Maybe", "I like it",
+    "That is beautiful", "I love it", "Not bad", "Really", "You are welcome", "Congratulations", "Oh",
     "What do you mean", "Why", "Who", "Tell me more", "Go on", "I don't know", "I understand", "That was fun",
+    "Awesome", "Amazing", "Got it", "Alright", "Of course", "That is wrong", "That is right", "I disagree", "Exactly",
+    "Hm", "Haha", "No worries", "My mistake", "You did well", "That helps a lot", "I am impressed",
+    "That is not what I meant", "Say that again", "One moment", "Let me think", "Absolutely", "Too bad", "No problem",
+    "How nice of you", "Interesting",
 )  # fmt: skip
 SMALL = (
-    "How are you today", "What's up", "Nice to meet you", "How was your day",
-    "Are you there", "Do you have a name", "Where are you from",
-    "What are you doing", "Can we talk", "I am bored", "I am happy", "I am hungry", "It is late", "It is raining",
-    "I had a long day", "Do you sleep", "What do you like", "Can you keep a secret", "Tell me about yourself",
-    "What languages do you speak", "I missed you", "Long time no see", "Do you know me", "My name is Sam",
+    "How are you today", "What's up", "Nice to meet you", "How was your day", "Are you there", "Do you have a name",
+    "Where are you from", "What are you doing", "Can we talk", "I am bored", "I am happy", "I am hungry", "It is late",
+    "It is raining", "I had a long day", "Do you sleep", "What do you like", "Can you keep a secret",
+    "Tell me about yourself", "What languages do you speak", "I missed you", "Long time no see", "Do you know me",
+    "My name is Sam", "Do you ever get bored", "Do you have any hobbies", "What makes you happy", "I can't sleep",
+    "I am cold", "I am so excited today", "My head hurts", "My train is late", "It is my birthday", "I got a new job",
+    "I failed my exam", "We are moving to another city", "I am waiting for the bus", "It is so hot today",
+    "Work was hard", "I am reading a good book", "Do you like music", "Do you like films", "Do you remember me",
+    "Just wanted to say hello", "What shall we talk about",
 )  # fmt: skip
 NAMES = ("", "", "", "", " friend", " my friend", " everyone", " anygen", " Anna", " Tom", " buddy", " again")
-
-ASK_CLIP = (
-    "make a video of", "make a clip of", "show me a clip of", "show me a video of", "film", "animate",
-    "I want a video of",
-    "create an animation of", "create a short film of", "generate a video of", "give me a clip of", "please animate",
-    "let me watch", "let me see a film of", "can you film", "could you animate", "can you make a video with",
-    "produce a short clip of", "render a video of", "I would like to watch", "I need a clip with", "now film",
-    "shoot a video of", "please make a short video of", "record", "play a video of", "show a moving picture of",
-)  # fmt: skip
-WHOLE_CLIP = (
-    "video: {x}", "clip of {x}", "animation: {x}", "{x}, as a video", "{x}, animated please", "a short film of {x}",
-    "Can you show me in a video how it goes: {x}?", "I want to watch {x}.", "For my channel I need a clip of {x}.",
-    "Hello! Please make a video of {x}.", "generate video {x}", "pls animate {x}", "a gif of {x}", "make a gif: {x}",
-    "I have never seen {x} on film. Show me.", "Surprise me with a clip of {x}!", "How about a little movie of {x}?",
-    "Bring this to life: {x}", "It should move: {x}", "moving pictures of {x}, please",
-)  # fmt: skip
-ASK_SOUND = (
-    "let me hear", "play", "play me", "make the sound of", "I want to hear", "play the sound of", "can I hear",
-    "could you play", "generate the sound of", "create an audio clip of", "give me the sound of", "please play",
-    "I would like to listen to", "let me listen to", "make a sound like", "produce audio of", "record", "now play",
-    "I'd like to hear", "imitate", "show me how it sounds:", "sing or play", "I need the sound of",
-    "make it sound like",
-)  # fmt: skip
-WHOLE_SOUND = (
-    "sound: {x}", "audio of {x}", "{x}, as a sound", "the sound of {x}", "{x} - can I hear that?",
-    "an audio clip: {x}",
-    "What does it sound like: {x}? Play it.", "I have never heard {x}. Play it.",
-    "For my film I need the sound of {x}.",
-    "Hello! Let me hear {x}.", "generate audio {x}", "pls play {x}", "My son wants to hear {x}.",
-    "a recording of {x}, please",
-    "Close your eyes and listen: {x}. Can you do that?", "Make some noise: {x}", "I want to know how it sounds: {x}.",
-    "Surprise my ears with {x}!", "sound effect of {x}", "sound effect: {x}",
-)  # fmt: skip
-JOIN = (
-    ("{0}, {1}", "{0}, and {1}", "{0} and then {1}", "{0}. Then {1}", "First {0}, after that {1}", "{0}, then {1}",
-     "{0}. Also {1}", "{0}; {1}"),
-    ("{0}, {1}, and {2}", "{0}, {1} and {2}", "{0}. {1}. {2}", "First {0}, then {1}, finally {2}",
-     "{0}, then {1}, then {2}",
-     "Three things: {0}; {1}; {2}"),
-)  # fmt: skip
-"""Requests in a row, two and three of them."""
-
-NAME_CLIP = (
-    "What is this?", "What do you see?", "What is in the video?", "What does the clip show?",
-    "Name the thing in this film.",
-    "Who or what moves here?", "What am I watching?", "Tell me what is in this video.", "what's in the clip", "",
-)  # fmt: skip
-DESCRIBE_CLIP = (
-    "Describe this video.", "Describe the clip.", "What happens in this video?", "Give me a caption for this clip.",
-    "Tell me what goes on here.", "Caption this video, please.", "Explain what you see in the film.",
-)  # fmt: skip
-ASK_MOTION = (
-    "How does it move?",
-    "What does it do?",
-    "Which way does it go?",
-    "What is the movement?",
-    "how is it moving",
-)
-NAME_SOUND = (
-    "What is this?", "What do you hear?", "What is that sound?", "What makes this sound?", "Name this sound.",
-    "Which instrument or thing is this?", "What am I listening to?", "Tell me what you hear.", "what's that noise",
-    "Do you recognise this sound?", "Who or what is making this noise?", "",
-)  # fmt: skip
-DESCRIBE_SOUND = (
-    "Describe this sound.", "Describe what you hear.", "Give me a caption for this sound.",
-    "What happens in this recording?",
-    "Tell me everything about this sound.", "Caption this audio, please.", "Describe the recording in detail.",
-)  # fmt: skip
-AGAIN_CLIP = (
-    "Make this again", "Film the same thing", "Make me another clip like this", "Animate this again",
-    "Show me one like this",
-    "Make a video like this", "Now you film it",
-)  # fmt: skip
-AGAIN_SOUND = (
-    "Play this again", "Make the same sound", "Play me something like this", "Make a sound like this one",
-    "Repeat this sound",
-    "Now you play it",
-)  # fmt: skip
-CHANGE_MOTION = (
-    "now {m}", "Make it {m}.", "The same, but {m}.", "Can I have it {m}?", "I want it {m}.", "and {m}?",
-    "instead, {m}",
-)  # fmt: skip
-CHANGE_SOUND = (
-    "now {x}", "Now play {x} instead.", "And now {x}?", "I would rather hear {x}.", "Change it to {x}.",
-    "Make it {x}",
-    "The same with {x}.", "How about {x}?",
-)  # fmt: skip
-INTO = {
-    "image": (
-        "Draw it", "Draw what you hear", "Draw what this is", "Show me a picture of that", "Now a picture of it",
-        "Paint this",
-        "Make a picture of it", "What does that look like? Draw it.", "Show me what makes this",
-        "Turn this into a picture",
-    ),
-    "video": (
-        "Make it move", "Animate this", "Make a video of it", "Film it", "Turn this into a clip",
-        "Now a video of that",
-        "Show it moving", "Bring it to life", "Make a clip of what this is",
-    ),
-    "audio": (
-        "What does this sound like?", "Let me hear it", "Play its sound", "Make the sound of this",
-        "And how does it sound?",
-        "Now let me hear that", "Turn this into sound", "What would I hear?", "Play what you see",
-    ),
-}  # fmt: skip
-"""Output modality -> requests to make it of what was shown or made before."""
 
 # "a picture of a flat icon of a dog" reads badly: phrases that are pictures already take no second noun.
 PICTURE_NOUNS = ("a picture", "a drawing", "an icon", "an image", "an illustration") + tuple(

@@ -16,11 +16,9 @@ from anygen.errors import ConfigError
 from anygen.messages import MediaPart, Message, TextPart
 from anygen.training.captions import plural, with_article
 from anygen.training.phrases import (
-    AGAIN_JOINTS,
     CANNOT,
     CANNOT_NOUN,
     GREET,
-    INTO,
     JOIN,
     NAMES,
     PAIR,
@@ -30,6 +28,7 @@ from anygen.training.phrases import (
     REPLY,
     SMALL,
 )
+from anygen.training.phrases_media import AGAIN_JOINTS, INTO
 from anygen.training.wishes import Wish, Wishes, by_modality
 
 

@@ -27,11 +27,11 @@ from anygen.training.captions import (
 )
 from anygen.training.icons import SCENES, TRAINED_STYLES, Concept
 from anygen.training.motion import MOTIONS, STILL, Shot, canonical_clip, random_shot, said_of_clip, varied_clip
-from anygen.training.phrases import (
+from anygen.training.phrases import ASK, NOUN, PICTURE_NOUNS, TAIL, WHOLE
+from anygen.training.phrases_media import (
     AGAIN,
     AGAIN_CLIP,
     AGAIN_SOUND,
-    ASK,
     ASK_CLIP,
     ASK_COUNT,
     ASK_GROUND,
@@ -50,10 +50,6 @@ from anygen.training.phrases import (
     NAME_CLIP,
     NAME_IT,
     NAME_SOUND,
-    NOUN,
-    PICTURE_NOUNS,
-    TAIL,
-    WHOLE,
     WHOLE_CLIP,
     WHOLE_SOUND,
 )

@@ -351,12 +351,27 @@ def test_eval_prints_a_table_or_json(run: Run, monkeypatch: pytest.MonkeyPatch) 
         return EvaluationResult(suite="mini", model="tiny", icons="0" * 64, device="cpu", rows=(row,))
 
     monkeypatch.setattr("anygen.training.evaluation.evaluate", measure)
-    code, out, _ = run("eval", "mini", "--limit", "3", "--data", "somewhere", "--report", "sheet")
+    code, out, _ = run(
+        "eval",
+        "mini",
+        "--limit",
+        "3",
+        "--data",
+        "somewhere",
+        "--report",
+        "sheet",
+        "--only",
+        "talk",
+        "--batch-size",
+        "4",
+    )
     assert code == 0 and "text -> image" in out and "0.500" in out
     assert given == {
         "icons": Path("somewhere"),
         "makes": ["image", "audio"],
         "suite": "mini",
+        "only": ["talk"],
+        "batch_size": 4,
         "limit": 3,
         "seed": 0,
         "report": Path("sheet"),
@@ -372,6 +387,8 @@ def test_eval_without_data_says_how_to_make_them(run: Run) -> None:
         "anygen: there is no icon set in data/icons: make it with 'anygen data build icons --out DIR'\n"
     )
     assert "there is no suite 'maxi'; known: mini" in run("eval", "maxi")[2]
+    known = "known: image, modality, naming, talk, controls, audio, video, retrieval, matrix"
+    assert f"there are no rows smell; {known}" in run("eval", "mini", "--only", "smell")[2]
 
 
 def test_data_build_makes_what_it_is_asked_for(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,6 +127,7 @@ def test_an_adapter_round_trips_through_disk(tiny_llm: Callable[..., LLM], tmp_p
     llm.save_adapter(tmp_path, base_name="tiny-llm")
     again = tiny_llm()
     again.load_adapter(tmp_path)
+    assert any(parameter.requires_grad for name, parameter in again.named_parameters() if "lora_" in name)
     torch.testing.assert_close(states(again, ids), states(llm, ids), rtol=0, atol=0)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "tiny-llm"

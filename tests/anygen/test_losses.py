@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from anygen.errors import ConfigError
-from anygen.losses import AlignmentConfig, caption_alignment_loss, condition_loss, lm_loss
+from anygen.losses import AlignmentConfig, caption_alignment_loss, condition_loss, lm_loss, token_loss
 
 
 def pair() -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,3 +73,11 @@ def test_what_does_not_fit_is_refused() -> None:
         condition_loss({"a": u}, {"b": v})
     with pytest.raises(ConfigError, match="at least one of mse, l2_norm, cosine is > 0"):
         AlignmentConfig(mse=0)
+
+
+def test_a_weighted_token_counts_as_if_it_stood_there_more_often() -> None:
+    torch.manual_seed(0)
+    logits, targets = torch.randn(3, 5), torch.tensor([0, 4, 2])
+    weighted = token_loss(logits, targets, torch.tensor([1.0, 3.0, 1.0]))
+    repeated = token_loss(logits[[0, 1, 1, 1, 2]], targets[[0, 1, 1, 1, 2]])
+    torch.testing.assert_close(weighted, repeated)

@@ -134,7 +134,7 @@ def test_no_training_wording_is_held_out() -> None:
     """Every string of the modules and word lists that the training reads, slots and marks aside, is another."""
     folder = Path(evaluation_cases.__file__).parent
     strings: set[str] = set()
-    for name in ("requests.py", "phrases.py", "wishes.py", "instruction.py", "naming.py"):
+    for name in ("requests.py", "phrases.py", "phrases_media.py", "wishes.py", "instruction.py", "naming.py"):
         nodes = ast.walk(ast.parse((folder / name).read_text(encoding="utf-8")))
         strings |= {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)}
     for path in folder.glob("words/*"):

@@ -180,6 +180,8 @@ def test_a_run_can_go_on_from_another(run: Path, parts: Parts, tmp_path: Path) -
     after = load_file(tmp_path / "model" / "projectors.safetensors")
     moved = {key: (after[key].float() - before[key].float()).abs().max().item() for key in before}
     assert max(moved.values()) > 0 and max(moved.values()) < 0.1
+    one, other = (load_file(folder / "model" / "adapter" / "adapter_model.safetensors") for folder in (run, tmp_path))
+    assert any(not torch.equal(value, other[key]) for key, value in one.items())
 
 
 def test_a_projector_made_anew_takes_nothing_from_the_start(run: Path, parts: Parts, tmp_path: Path) -> None:
@@ -297,7 +299,7 @@ def test_a_packed_batch_has_the_losses_of_its_conversations_read_one_by_one(
     model, examples = load(run, parts), supply(run, parts, icons, bank, pools)
     generators = conditions.load_generators(parts["generators"], torch.device("cpu"))
     collator = Collator({name: pool.features for name, pool in pools.items()}, generators, model, 640)
-    batches = PackedBatches(examples, collator, batches=1, rows=5, width=640, chunk=1, lanes=1, seed=0)
+    batches = PackedBatches(examples, collator, batches=1, rows=8, width=640, chunk=1, lanes=1, seed=0)
     rows = batches._chunk(0)
     batch = batches[0]
     assert max(len(row) for row in rows) > 2 and set(batch["captions"]) == set(batch["media"]) == set(pools)

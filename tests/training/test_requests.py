@@ -11,7 +11,8 @@ from anygen.messages import MediaPart, Message, TextPart
 from anygen.training.captions import Drawing, canonical
 from anygen.training.icons import Concept
 from anygen.training.motion import Shot
-from anygen.training.phrases import CANNOT, INTO, JOIN
+from anygen.training.phrases import CANNOT, JOIN
+from anygen.training.phrases_media import INTO
 from anygen.training.requests import Conversations, Seen, self_prompts
 from anygen.training.sound_captions import Sound
 from anygen.training.sounds import Effect, Instrument, Percussion, SoundBank
