@@ -11,42 +11,21 @@ the script stops: our words and those of `transformers.generate`, our picture an
 import argparse
 import json
 import os
-import platform
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from measuring import GB, Row, machine, python, run, seconds, show
+
 if TYPE_CHECKING:
     from anygen.pipeline import AnyGenPipeline
 
-ROOT = Path(__file__).resolve().parent.parent
 DRAW = "Draw a red apple"
 TALK = "Explain in a few sentences why the sky is blue."
-GB = 1e9
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One line of the table."""
-
-    what: str
-    value: float
-    unit: str
-    bar: float | None = None
-    """The most that is allowed."""
-    note: str = ""
-
-    @property
-    def met(self) -> bool | None:
-        """Whether the bar holds; None without a bar."""
-        return None if self.bar is None else self.value <= self.bar
 
 
 def main() -> int:
@@ -223,80 +202,6 @@ def take_turns(*ways: Callable[[], Any], repeats: int) -> tuple[list[float], lis
         for place in sorted(range(len(ways)), reverse=number % 2 == 1):
             spent[place].append(seconds(ways[place])[0])
     return [median(times) for times in spent], results
-
-
-def seconds(work: Callable[[], Any]) -> tuple[float, Any]:
-    """Wall time, and what `work` returned."""
-    start = time.perf_counter()
-    result = work()
-    return time.perf_counter() - start, result
-
-
-def run(arguments: list[str]) -> int:
-    """Runs `anygen …` -> its peak resident memory in bytes."""
-    with quiet() as out:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "anygen", *arguments], stdout=out, stderr=out, env=environment()
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            out.seek(0)
-            raise SystemExit(f"anygen {' '.join(arguments)} failed:\n{out.read()}")
-    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def python(code: str) -> str:
-    """What a fresh interpreter prints."""
-    command = [sys.executable, "-c", code]
-    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment()).stdout
-
-
-def environment() -> dict[str, str]:
-    """Children find anygen in a checkout that is not installed, too."""
-    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(path)}
-
-
-@contextmanager
-def quiet() -> Iterator[Any]:
-    """A file that takes what a child says."""
-    with tempfile.TemporaryFile("w+") as file:
-        yield file
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers depend on."""
-    from importlib.metadata import version
-
-    import torch
-
-    packages = {name: version(name) for name in ("torch", "transformers", "diffusers")}
-    return {
-        "system": platform.platform(terse=True),
-        "processor": platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-    } | packages
-
-
-def show(rows: list[Row]) -> None:
-    """One table."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title="anygen-mini on this machine", caption=", ".join(f"{k} {v}" for k, v in machine().items()))
-    table.add_column("what")
-    table.add_column("measured", justify="right")
-    table.add_column("bar", justify="right")
-    table.add_column("note", style="dim")
-    for row in rows:
-        colour = {None: "", True: "[green]", False: "[red]"}[row.met]
-        bar = "" if row.bar is None else f"≤ {row.bar:g}"
-        table.add_row(row.what, f"{colour}{row.value:.3g} {row.unit}", bar, row.note)
-    console = Console()
-    (console if console.is_terminal else Console(width=118)).print(table)
 
 
 if __name__ == "__main__":
