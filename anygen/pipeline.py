@@ -163,7 +163,7 @@ class AnyGenPipeline:
         return [m for m in outputs if m in self.generators] if self.generators else list(outputs)
 
     def generator(self, modality: str) -> Generator:
-        """The generator of a modality, loaded if it was not.
+        """The generator of a modality, loaded if it was not; `offload` may put it away when another one is used.
 
         Raises:
             ModalityError: there is none here; says which there are.

@@ -81,7 +81,6 @@ def two_cores() -> None:
     """Keeps this process and its children on two cores, and off the terminal what libraries note."""
     for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
         os.environ.setdefault(name, "error")
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
 

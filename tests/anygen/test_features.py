@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from anygen.errors import CheckpointError, ConfigError
-from anygen.features import Condition, ConditionSpec
+from anygen.features import Condition, ConditionSpec, Features
 
 
 def two() -> Condition:
@@ -36,3 +36,14 @@ def test_a_spec_names_what_it_wants_and_what_it_got() -> None:
         ConditionSpec(shapes={"prompt_embeds": (3, 4), "mask": (1,)}).check(two())
     with pytest.raises(ConfigError, match="is wanted, got"):
         ConditionSpec(shapes={"prompt_embeds": (3, 2)}).check(two())
+
+
+def test_joined_features_are_padded_behind_their_tokens() -> None:
+    long = Features(torch.arange(12.0).reshape(2, 3, 2), torch.tensor([[True, True, True], [True, True, False]]))
+    short = Features(torch.ones(1, 1, 2), torch.ones(1, 1, dtype=torch.bool))
+    joined = Features.cat([long, short])
+    assert joined.mask.tolist() == [[True] * 3, [True, True, False], [True, False, False]]
+    assert torch.equal(joined.values[:2], long.values)
+    assert joined.values[2].tolist() == [[1, 1], [0, 0], [0, 0]]
+    alone = Features.cat([long])
+    assert torch.equal(alone.values, long.values) and torch.equal(alone.mask, long.mask)

@@ -76,6 +76,16 @@ def test_files_are_numbered_on_and_named_by_their_captions(tmp_path: Path) -> No
     assert Image.from_path(out / "02-two-green-dogs.png") == BLUE
 
 
+def test_one_medium_alone_is_saved_as_it_would_be_among_all(tmp_path: Path) -> None:
+    made = reply(picture(), picture("Here is a blue dog.", BLUE, 8), MadePart("audio", BEEP, "A beep.", 9))
+    together = made.save(tmp_path / "all")
+    alone = [made.save_medium(place, tmp_path / "one") for place in range(3)]
+    assert [path.name for path in alone] == [path.name for path in together]
+    assert [read_metadata(path) for path in alone] == [read_metadata(path) for path in together]
+    assert made.save_medium(1, tmp_path / "one").name == "04-a-blue-dog.png"
+    assert made.save_medium(1, tmp_path / "one", overwrite=True).name == "02-a-blue-dog.png"
+
+
 def test_overwriting_has_to_be_asked_for(tmp_path: Path) -> None:
     reply(picture()).save(tmp_path)
     again = reply(picture(image=BLUE))
