@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, V vocabulary, D width.
 """
 
 import inspect
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,6 +47,7 @@ class LLM(nn.Module):
         self.tokenizer = tokenizer
         parameters = inspect.signature(cast(nn.Module, model.get_decoder()).forward).parameters
         self._takes_positions = "position_ids" in parameters
+        self._cache_name = "cache" if "cache" in parameters else "past_key_values"  # transformers changes the name
         self._scale, self._softcap = _logit_scaling(model)
         self._check_head()
 
@@ -146,11 +148,11 @@ class LLM(nn.Module):
         output = cast(nn.Module, self.base.get_decoder())(
             inputs_embeds=embeds,
             attention_mask=attention_mask,
-            past_key_values=cache,
             use_cache=use_cache or cache is not None,
+            **{self._cache_name: cache},
             **positions,
         )
-        return output.last_hidden_state, output.past_key_values
+        return output.last_hidden_state, output[self._cache_name] if self._cache_name in output else None
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float[..., D] -> float[..., V], exactly the model's own."""
@@ -200,7 +202,7 @@ class LLM(nn.Module):
             raise CheckpointError(f"{directory} holds no adapter: adapter_config.json is missing")
         config = PeftConfig.from_pretrained(str(directory))
         config.base_model_name_or_path = None  # PEFT warns that a directory has another name than the hub's
-        config.inference_mode = False  # as PEFT saves it, True, the adapter would stand still in a training that goes on
+        config.inference_mode = False  # PEFT saves True, with which a training that goes on would leave it as it is
         self.add_adapter(config)
         state = read_safetensors(directory, "adapter_model")
         check_fit(get_peft_model_state_dict(self.model), state, f"the adapter in {directory}")
@@ -225,6 +227,11 @@ class LLM(nn.Module):
             config.save_pretrained(str(directory))
         finally:
             config.base_model_name_or_path, config.inference_mode = kept
+        written = directory / "adapter_config.json"
+        settings = json.loads(written.read_text(encoding="utf-8"))
+        if isinstance(named := settings.get("target_modules"), list):  # PEFT keeps a set, in another order each time
+            settings["target_modules"] = sorted(named)
+            written.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         weights = get_peft_model_state_dict(self.model).items()
         state = {k: v.detach().cpu().to(dtype or v.dtype).contiguous() for k, v in weights}
         save_file(state, directory / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -39,14 +39,14 @@ GROUND = {
 """Every other module of anygen/ is the roof."""
 
 AT_USE_ONLY = {
-    "av": "not among the requirements",
+    "av": "needed for clips alone, and not on every machine that trains",
     "gguf": "needed once, by the conversion",
     "huggingface_hub": "0.5 s",
     "OpenEXR": "not among the requirements",
     "platformdirs": "needed by the cache alone",
     "pydantic": "0.2 s",
     "resvg_py": "not among the requirements",
-    "soundfile": "not among the requirements",
+    "soundfile": "needed for sound files alone, and not on every machine that trains",
 }
 """Packages that are imported inside the function that needs them, everywhere, and why."""
 

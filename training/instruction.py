@@ -223,15 +223,17 @@ class InstructionTrainer(Trainer):
         if self.lr_scheduler is None:
             progress = Progress(self.recipe.steps, self.recipe.minutes)
 
-            def factor(step: int, warmup: int = 100) -> float:
+            def factor(step: int, warmup: int) -> float:
                 progress.step = step
                 return progress.learning_rate(1.0, warmup=warmup)
 
             optimizer = optimizer or self.optimizer
             # An adapter that knows its work is not to follow the first gradients of projectors that know nothing.
             knows = self.recipe.start is not None and bool(self.recipe.renew)
-            slow = partial(factor, warmup=500) if knows else factor
-            by_group = [slow if group["part"] == "adapter" else factor for group in optimizer.param_groups]
+            by_group: list[Callable[[int], float]] = [
+                partial(factor, warmup=500 if knows and group["part"] == "adapter" else 100)
+                for group in optimizer.param_groups
+            ]
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, by_group)
         return self.lr_scheduler
 

@@ -100,13 +100,14 @@ def build_unet(recipe: SoundDiffusionRecipe, latent_channels: int) -> Any:
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         "cross_attention_dim": ((None, recipe.gpt_width, recipe.text_width),) * 3,
+        # heads, in spite of the name; of 16 channels each, which the fast kernels of GPUs take
+        "attention_head_dim": tuple(width // 16 for width in recipe.channels),
     }
     return AudioLDM2UNet2DConditionModel(
         in_channels=latent_channels,
         out_channels=latent_channels,
         **blocks,
         layers_per_block=1,
-        attention_head_dim=4,
         norm_num_groups=16,
     )
 
@@ -209,6 +210,14 @@ class SoundLatentPool:
         return self.latents[rows].float(), torch.where(dropped, self.empty, tokens)
 
 
+def _conditions(text: SoundText, tokens: SoundTokens) -> Any:
+    return text(tokens)
+
+
+_eagerly: Any = torch.compiler.disable(_conditions)
+"""GPT-2's eight passes in a row, unrolled, take longer to compile than a run takes."""
+
+
 class _Objective(VelocityObjective):
     """With a `SoundText`."""
 
@@ -220,13 +229,13 @@ class _Objective(VelocityObjective):
 
     def predict(self, noisy: Tensor, tokens: Tensor, times: Tensor) -> Tensor:
         read = with_mask(tokens, self.end)
-        conditions = self.text(read)
+        conditions = _eagerly(self.text, read)
         generated, embeds = conditions[GENERATED], conditions[EMBEDS]
         if self.condition_noise:
             generated = disturbed(generated, self.condition_noise)
             embeds = disturbed(embeds, self.condition_noise) * read.mask[..., None]
         return self.unet(
-            noisy,
+            noisy.contiguous(memory_format=torch.channels_last),
             times,
             encoder_hidden_states=generated,
             encoder_hidden_states_1=embeds,
@@ -257,7 +266,7 @@ def train(recipe: SoundDiffusionRecipe, out: Path) -> dict[str, float]:
     log.write(pool=len(pool.latents), latent_std=pool.latents.float().std().item())
     text.requires_grad_(not recipe.freeze_text)
     objective: Any = _Objective(unet, text, scheduler.alphas_cumprod, recipe.min_snr, recipe.condition_noise)
-    objective = objective.to(device)
+    objective = objective.to(device, memory_format=torch.channels_last)
     log.write(unet=sum(p.numel() for p in unet.parameters()), text=sum(p.numel() for p in text.parameters()))
     average = AveragedWeights(objective, recipe.ema)
 

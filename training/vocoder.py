@@ -40,6 +40,8 @@ class VocoderRecipe(Config):
     """Directory of the built sound bank."""
     checksum: str | None = None
     """The sound bank's checksum; None accepts any."""
+    start: str | None = None
+    """Directory of a vocoder that such a recipe trained, to go on from; its own sizes then hold."""
     vae: str | None = None
     """Directory of the trained mel autoencoder, for `restored`."""
     restored: float = 0.0
@@ -74,9 +76,11 @@ class VocoderRecipe(Config):
 
 
 def build(recipe: VocoderRecipe) -> Any:
-    """The untrained `SpeechT5HifiGan` for 64 mel bins at 16 kHz, 160 samples a frame."""
+    """The `SpeechT5HifiGan` for 64 mel bins at 16 kHz, 160 samples a frame: untrained, or that of `recipe.start`."""
     from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig
 
+    if recipe.start is not None:
+        return SpeechT5HifiGan.from_pretrained(recipe.start, dtype=torch.float32)
     vocoder = SpeechT5HifiGan(
         SpeechT5HifiGanConfig(
             model_in_dim=64,
@@ -190,8 +194,11 @@ def train(recipe: VocoderRecipe, out: Path) -> dict[str, float]:
         begin = int(torch.randint(mel.shape[1] - recipe.frames + 1, ()))
         real = clips[:, begin * hop : (begin + recipe.frames) * hop]
         with bf16_on_gpu(device):
-            heard = restored(vae, mel, recipe.restored) if recipe.restored else mel
-            made = speak(heard[:, begin : begin + recipe.frames]).float()
+            given = mel[:, begin : begin + recipe.frames]
+            if recipe.restored:
+                first, last = around(begin, recipe.frames, mel.shape[1])
+                given = restored(vae, mel[:, first:last], recipe.restored)[:, begin - first :][:, : recipe.frames]
+            made = speak(given).float()
             # The frames at the ends look beyond the stretch; both sides look at the same mirror image.
             distance = F.l1_loss(log_mel(made), log_mel(real))
             loss = spectral_loss(made, real) + distance
@@ -222,6 +229,14 @@ def train(recipe: VocoderRecipe, out: Path) -> dict[str, float]:
     average.module.half().save_pretrained(out / "vocoder", max_shard_size="15MB")
     log.write(final=True, step=progress.step, **figures)
     return figures
+
+
+def around(begin: int, frames: int, length: int, margin: int = 32) -> tuple[int, int]:
+    """The first and last frame of what the autoencoder reads for a stretch: a margin on each side where there is room.
+
+    Whole spectrograms would be read four times for what is used. Bounds are multiples of 4, as latents want them.
+    """
+    return max(0, begin - margin) // 4 * 4, min(length, begin + frames + margin + 3) // 4 * 4
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from anygen.errors import ConfigError
@@ -180,6 +181,21 @@ def test_a_share_is_read_back_from_the_autoencoder(vae_run: tuple[Path, Any]) ->
     mel = torch.randn(4, 16, 64)
     out = vocoder.restored(vae, mel, 0.5)
     assert torch.equal(out[2:], mel[2:]) and not torch.allclose(out[:2], mel[:2])
+
+
+def test_what_is_read_around_a_stretch_holds_it_and_no_more_than_a_margin() -> None:
+    for begin in range(0, 193):
+        first, last = vocoder.around(begin, 64, 256)
+        assert first % 4 == last % 4 == 0 and 0 <= first <= begin and begin + 64 <= last <= 256
+        assert last - first <= 64 + 2 * 32 + 6
+
+
+def test_a_vocoder_goes_on_from_another(vocoder_run: tuple[Path, dict[str, float]]) -> None:
+    start = str(vocoder_run[0] / "vocoder")
+    there, fresh = vocoder.build(replace(VOCODER, start=start)), vocoder.build(VOCODER)
+    state = load_file(Path(start) / "model.safetensors")
+    assert all(torch.equal(value.half(), state[key]) for key, value in there.state_dict().items())
+    assert not all(torch.equal(value.half(), state[key]) for key, value in fresh.state_dict().items())
 
 
 def test_a_vocoder_run_writes_one_that_speaks(vocoder_run: tuple[Path, dict[str, float]]) -> None:
