@@ -43,6 +43,9 @@ class ContrastiveRecipe(Config):
     start: str | None = None
     """Directory of an ImageBind that such a recipe trained, to go on from with its tokenizer; trunks that it lacks are
     new."""
+    start_rate: float = 1.0
+    """Of the trunks that come from `start`, as a share of the learning rate: where new trunks join, those that know
+    their work are to keep it. ImageBind itself freezes them (section 3.2)."""
     vocab_size: int = 4096
     variants: int = 8
     """Pictures composed of each icon."""
@@ -237,9 +240,10 @@ def train(recipe: ContrastiveRecipe, out: Path) -> dict[str, float]:
         config, vision=replace(config.vision, drop_path=recipe.drop_path, drop_patches=recipe.drop_patches)
     )
     model = ImageBindModel(config)
+    taken: set[str] = set()
     if recipe.start is not None:
         tokenizer, taken = go_on_from(Path(recipe.start), model)
-        log.write(start=recipe.start, taken=taken)
+        log.write(start=recipe.start, taken=sorted(taken))
     else:
         corpus = caption_corpus(icons.concepts, recipe.seed)
         if recipe.clips:
@@ -249,9 +253,7 @@ def train(recipe: ContrastiveRecipe, out: Path) -> dict[str, float]:
         tokenizer = train_tokenizer(corpus, vocab_size=recipe.vocab_size, context=context).backend_tokenizer
     log.write(parameters=sum(p.numel() for p in model.parameters()))
     objective: Any = _Objective(model, recipe)
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = parameter_groups(recipe, model, taken)
     optimizer: Any = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.98), fused=device.type == "cuda")
     objective, optimizer = accelerator.prepare(objective, optimizer)
     average = AveragedWeights(model, recipe.ema)
@@ -267,7 +269,7 @@ def train(recipe: ContrastiveRecipe, out: Path) -> dict[str, float]:
             patches.dropped = 0
             log.write(step=progress.step, whole=True)
         for group in optimizer.param_groups:
-            group["lr"] = progress.learning_rate(recipe.learning_rate, warmup=300)
+            group["lr"] = progress.learning_rate(recipe.learning_rate * group["rate"], warmup=300)
         pixels, names, captions, concepts = next(batches)
         shown = clips.draw(recipe.clips_per_batch, augment) if clips is not None else None
         heard = sounds.draw(recipe.sounds_per_batch) if sounds is not None else None
@@ -298,11 +300,20 @@ def train(recipe: ContrastiveRecipe, out: Path) -> dict[str, float]:
     return figures
 
 
-def go_on_from(directory: Path, model: ImageBindModel) -> tuple[Any, int]:
+def parameter_groups(recipe: ContrastiveRecipe, model: ImageBindModel, taken: set[str]) -> list[dict[str, Any]]:
+    """For AdamW: matrices decay, and trunks that are `taken` from a start have another `rate` than new ones."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        rate = recipe.start_rate if name.split(".")[1] in taken else 1.0
+        groups.setdefault((rate, recipe.weight_decay if parameter.ndim > 1 else 0.0), []).append(parameter)
+    return [{"params": group, "rate": rate, "weight_decay": decay} for (rate, decay), group in groups.items()]
+
+
+def go_on_from(directory: Path, model: ImageBindModel) -> tuple[Any, set[str]]:
     """Gives a model the trunks of the ImageBind in `directory`.
 
     Returns:
-        Its tokenizer, and the number of parameters that were taken.
+        Its tokenizer, and the names of the trunks.
 
     Raises:
         CheckpointError: a trunk that both have is of another shape there; names the keys.
@@ -314,7 +325,7 @@ def go_on_from(directory: Path, model: ImageBindModel) -> tuple[Any, int]:
     load_strict(model, state | fresh, str(directory))
     assert model.config.text is not None
     tokenizer = load_tokenizer(directory / "tokenizer.json", model.config.text.vocab_size)
-    return tokenizer, sum(value.numel() for value in state.values())
+    return tokenizer, there
 
 
 @torch.no_grad()

@@ -5,10 +5,18 @@
     icons: data/icons
     steps: 8000
 
-`run` validates all of it before anything is loaded. A value on the command line (`steps=10`) replaces the file's.
+A list names recipes to be run one after the other, files beside it, each by itself or with values in place of its own:
+
+    - 9-sound-autoencoder.yaml
+    - {recipe: 10-vocoder.yaml, steps: 30000}
+
+`run` validates all of it before anything is loaded. A value on the command line (`steps=10`) replaces the file's; in a
+list that of every recipe, or of the one that is named (`10-vocoder:steps=10`).
 """
 
+import gc
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -34,24 +42,69 @@ KINDS: dict[str, tuple[str, str]] = {
 Train = Callable[[Any, Path], dict[str, float]]
 
 
-def read(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, Path, Train]:
-    """A validated recipe, its output folder, and the function that runs it.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """One recipe, ready to be run."""
+
+    name: str
+    """The stem of its file."""
+    recipe: Config
+    out: Path
+    """The folder that the results go to."""
+    train: Train
+
+
+def read(path: Path, overrides: Sequence[str] = ()) -> list[Run]:
+    """Validated recipes, in the order in which they are to be run: one, or those of a list.
 
     Args:
         path: the YAML file.
-        overrides: "key=value" or "nested.key=value", the values parsed as YAML.
+        overrides: "key=value" or "nested.key=value", the values parsed as YAML; in a list "name:key=value", too, for
+            the recipe whose file has that stem.
 
     Raises:
-        ConfigError: no such file, not YAML, an unknown kind or key, a missing key or a wrong type.
+        ConfigError: no such file, not YAML, an unknown kind or key, a missing key or a wrong type; in a list an entry
+            that names no recipe, or an override for none of them.
     """
+    data = _load(path)
+    if not isinstance(data, list):
+        return [_read_one(path, data, overrides)]
+    runs: list[Run] = []
+    for number, entry in enumerate(data, start=1):
+        values = {"recipe": entry} if isinstance(entry, str) else entry
+        if not isinstance(values, dict) or not isinstance(values.get("recipe"), str):
+            raise ConfigError(f"{path}: entry {number} must be a recipe's file, or 'recipe: FILE' with other values")
+        file = path.parent / values["recipe"]
+        own = [o.removeprefix(f"{file.stem}:") for o in overrides if _aimed(o) in (None, file.stem)]
+        stated = _load(file)
+        if isinstance(stated, list):
+            raise ConfigError(f"{path}: entry {number}, {file.name}, is a list itself; lists hold recipes")
+        replaced = {key: value for key, value in values.items() if key != "recipe"}
+        runs.append(_read_one(file, stated | replaced if isinstance(stated, dict) else stated, own))
+    names = [run.name for run in runs]
+    if astray := [aimed for o in overrides if (aimed := _aimed(o)) is not None and aimed not in names]:
+        raise ConfigError(f"{path} has no recipe '{astray[0]}'; it has {', '.join(names)}")
+    return runs
+
+
+def _aimed(override: str) -> str | None:
+    """The recipe that an override is for; None: every one."""
+    name, colon, _ = override.partition("=")[0].partition(":")
+    return name if colon else None
+
+
+def _load(path: Path) -> Any:
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"there is no recipe {path}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {error}") from None
+
+
+def _read_one(path: Path, data: Any, overrides: Sequence[str]) -> Run:
     if not isinstance(data, dict):
-        raise ConfigError(f"{path} must hold keys and values, as in 'kind: autoencoder'")
+        raise ConfigError(f"{path} must hold keys and values, as in 'kind: autoencoder', or a list of recipes")
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
@@ -69,14 +122,33 @@ def read(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, Path, Train
     module = import_module(KINDS[kind][0])
     recipe_class: type[Config] = getattr(module, KINDS[kind][1])
     try:
-        return recipe_class.from_dict(data), Path(out), module.train
+        return Run(name=path.stem, recipe=recipe_class.from_dict(data), out=Path(out), train=module.train)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 
 
 def run(path: Path, overrides: Sequence[str] = ()) -> dict[str, float]:
-    """Reads and runs a recipe; the recipe as it ran is kept beside the results. Raises as `read`."""
-    recipe, out, train = read(path, overrides)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / f"{path.stem}.recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False), encoding="utf-8")
-    return train(recipe, out)
+    """Reads and runs a recipe or a list of them; each as it ran is kept beside its results. Raises as `read`.
+
+    Returns:
+        The figures of the recipe; of a list those of each, by "name: figure".
+    """
+    runs, figures = read(path, overrides), dict[str, float]()
+    for one in runs:
+        one.out.mkdir(parents=True, exist_ok=True)
+        stated = yaml.safe_dump(one.recipe.to_dict(), sort_keys=False)
+        (one.out / f"{one.name}.recipe.yaml").write_text(stated, encoding="utf-8")
+        found = one.train(one.recipe, one.out)
+        figures |= found if len(runs) == 1 else {f"{one.name}: {name}": value for name, value in found.items()}
+        _forget()
+    return figures
+
+
+def _forget() -> None:
+    """Gives back what a run leaves on a GPU: its memory and its compiled graphs."""
+    import torch
+
+    gc.collect()
+    torch.compiler.reset()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

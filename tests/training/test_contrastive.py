@@ -98,10 +98,13 @@ def test_a_run_goes_on_from_another_and_adds_the_trunk_that_it_lacks(
     first = ContrastiveRecipe(icons=str(large_icons_dir), vocab_size=400, concepts_per_batch=3, steps=1)
     train(first, tmp_path / "one")
     start = str(tmp_path / "one" / "imagebind")
-    still = replace(first, start=start, sounds=str(sound_bank_dir), sound_pool=8, sounds_per_batch=4, measured=4)
-    train(replace(still, learning_rate=0.0, whole_from=0.0, ema=0.0), tmp_path / "two")
-    one, two = (read_safetensors(tmp_path / name / "imagebind") for name in ("one", "two"))
-    assert all(torch.equal(value, two[key]) for key, value in one.items())
+    more = replace(first, start=start, sounds=str(sound_bank_dir), sound_pool=8, sounds_per_batch=4, measured=4)
+    more = replace(more, steps=2, start_rate=0.0, whole_from=0.0, ema=0.0)
+    train(more, tmp_path / "two")
+    train(replace(more, learning_rate=0.0), tmp_path / "three")
+    one, two, three = (read_safetensors(tmp_path / name / "imagebind") for name in ("one", "two", "three"))
+    assert all(torch.equal(value, two[key]) for key, value in one.items())  # these trunks stand still
+    assert any(not torch.equal(two[key], three[key]) for key in two.keys() - one.keys())  # the new one learns
     assert {key.split(".")[1] for key in two.keys() - one.keys()} == {"audio"}
     tokenizers = [(tmp_path / name / "imagebind" / "tokenizer.json").read_text() for name in ("one", "two")]
     assert json.loads(tokenizers[0])["model"] == json.loads(tokenizers[1])["model"]

@@ -8,7 +8,9 @@ from anygen.errors import ConfigError
 from anygen.training import recipes
 from anygen.training.autoencoder import AutoencoderRecipe, train
 
-MINI = sorted((Path(recipes.__file__).parent / "recipes" / "mini").glob("*.yaml"))
+FOLDER = Path(recipes.__file__).parent / "recipes" / "mini"
+MINI = sorted(FOLDER.glob("[0-9]*.yaml"))
+LISTS = sorted(set(FOLDER.glob("*.yaml")) - set(MINI))
 GOOD = "kind: autoencoder\nout: runs/x\nicons: data/icons\nsteps: 10\n"
 
 
@@ -20,35 +22,94 @@ def recipe(tmp_path: Path) -> Path:
 
 
 def test_a_recipe_is_its_values(recipe: Path) -> None:
-    assert recipes.read(recipe) == (AutoencoderRecipe(icons="data/icons", steps=10), Path("runs/x"), train)
+    (run,) = recipes.read(recipe)
+    assert (run.name, run.recipe) == ("r", AutoencoderRecipe(icons="data/icons", steps=10))
+    assert (run.out, run.train) == (Path("runs/x"), train)
 
 
 def test_values_of_the_command_line_replace_the_file_s(recipe: Path) -> None:
-    read, out, _ = recipes.read(recipe, ["steps=20", "out=elsewhere", "channels=[16, 32]", "minutes=0.5"])
-    assert read == AutoencoderRecipe(icons="data/icons", steps=20, channels=(16, 32), minutes=0.5)
-    assert out == Path("elsewhere")
+    (run,) = recipes.read(recipe, ["steps=20", "out=elsewhere", "channels=[16, 32]", "minutes=0.5"])
+    assert run.recipe == AutoencoderRecipe(icons="data/icons", steps=20, channels=(16, 32), minutes=0.5)
+    assert run.out == Path("elsewhere")
 
 
 def test_nested_values_are_replaced_alone(tmp_path: Path) -> None:
     path = tmp_path / "d.yaml"
     path.write_text("kind: diffusion\nout: x\nicons: i\nvae: v\nsampling: {steps: 4, guidance_scale: 2.0}\n")
-    read, _, _ = recipes.read(path, ["sampling.steps=9"])
-    assert (read.sampling.steps, read.sampling.guidance_scale) == (9, 2.0)  # type: ignore[attr-defined]
+    (run,) = recipes.read(path, ["sampling.steps=9"])
+    assert (run.recipe.sampling.steps, run.recipe.sampling.guidance_scale) == (9, 2.0)  # type: ignore[attr-defined]
+
+
+def a_list(tmp_path: Path, text: str) -> Path:
+    """A list beside two recipes, r and s."""
+    for name in ("r", "s"):
+        (tmp_path / f"{name}.yaml").write_text(GOOD)
+    path = tmp_path / "list.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_a_list_is_its_recipes_in_order(tmp_path: Path) -> None:
+    path = a_list(tmp_path, "- s.yaml\n- {recipe: r.yaml, steps: 30, out: y}\n")
+    runs = recipes.read(path, ["seed=7", "s:steps=20"])
+    assert [(run.name, run.out) for run in runs] == [("s", Path("runs/x")), ("r", Path("y"))]
+    assert [run.recipe.steps for run in runs] == [20, 30]  # type: ignore[attr-defined]
+    assert [run.recipe.seed for run in runs] == [7, 7]  # type: ignore[attr-defined]
+
+
+def test_a_list_is_run_once_all_of_it_is_known_to_be_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+
+    def trained(recipe: AutoencoderRecipe, out: Path) -> dict[str, float]:
+        ran.append(f"{out} {recipe.steps}")
+        return {"psnr": float(recipe.steps)}
+
+    monkeypatch.setattr("anygen.training.autoencoder.train", trained)
+    monkeypatch.chdir(tmp_path)
+    path = a_list(tmp_path, "- r.yaml\n- {recipe: s.yaml, steps: 30}\n")
+    assert recipes.run(path) == {"r: psnr": 10.0, "s: psnr": 30.0}
+    assert ran == ["runs/x 10", "runs/x 30"] and (tmp_path / "runs/x/s.recipe.yaml").exists()
+    ran.clear()
+    with pytest.raises(ConfigError, match="unknown key 'stepz'"):
+        recipes.run(a_list(tmp_path, "- r.yaml\n- {recipe: s.yaml, stepz: 30}\n"))
+    assert ran == []
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ("- 3\n", [], "entry 1 must be a recipe's file, or 'recipe: FILE' with other values"),
+        ("- r.yaml\n- {steps: 3}\n", [], "entry 2 must be a recipe's file"),
+        ("- list.yaml\n", [], "entry 1, list.yaml, is a list itself; lists hold recipes"),
+        ("- gone.yaml\n", [], "there is no recipe"),
+        ("- r.yaml\n- s.yaml\n", ["t:steps=3"], "has no recipe 't'; it has r, s"),
+    ],
+)
+def test_what_is_wrong_with_a_list_is_said(tmp_path: Path, text: str, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        recipes.read(a_list(tmp_path, text), overrides)
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("path", MINI, ids=lambda path: path.stem)
 def test_the_recipes_of_the_embedded_default_are_valid_and_pinned(path: Path) -> None:
-    read, out, _ = recipes.read(path)
-    assert out.parts[0] == "runs" and type(read).from_dict(read.to_dict()) == read
+    (run,) = recipes.read(path)
+    read = run.recipe
+    assert run.out.parts[0] == "runs" and type(read).from_dict(read.to_dict()) == read
     assert getattr(read, "minutes", None) is None, "a recipe that is to be reproduced states steps"
     assert getattr(read, "checksum", "pinned"), "a recipe that is to be reproduced pins its icon set"
+
+
+def test_the_lists_of_the_embedded_default_hold_each_recipe_once() -> None:
+    listed = [run.name for path in LISTS for run in recipes.read(path)]
+    assert LISTS and sorted(listed) == [path.stem for path in MINI]
 
 
 @pytest.mark.parametrize(
     ("text", "overrides", "message"),
     [
         ("kind: [", [], "is not YAML"),
-        ("- a\n", [], "must hold keys and values, as in 'kind: autoencoder'"),
+        ("a\n", [], "must hold keys and values, as in 'kind: autoencoder', or a list of recipes"),
         ("kind: vae\nout: x\n", [], "kind is 'vae'; known kinds: autoencoder, diffusion, contrastive"),
         ("kind: autoencoder\nicons: x\n", [], "key 'out' is missing: the folder that the results go to"),
         (GOOD, ["steps"], "'steps' is not of the form key=value"),
