@@ -5,18 +5,20 @@ Shapes: M parts of one modality.
 
 from collections.abc import Generator as PythonGenerator
 from collections.abc import Sequence
+from contextlib import closing
 from typing import Any
 
 import torch
 
 from anygen.features import Condition
-from anygen.generators.base import Generator, StepCallback
+from anygen.generators.base import Generator
 from anygen.loading import memory
 from anygen.media import Media
 from anygen.planning import asked_for, chunks
 from anygen.progress import progress_bars
 from anygen.reply import MadePart, PlannedPart
-from anygen.streaming import Event, MediaDone, steps_of
+from anygen.stepwise import StepCallback
+from anygen.streaming import Event, MediaDone, MediaStep
 
 TIMED = ("video", "audio")
 """Modalities whose media have a length."""
@@ -76,9 +78,15 @@ def make_stepwise(
         device: where the condition goes.
         **options: as for `make_all`, which tells the errors, too.
     """
-    media = yield from steps_of(
-        index, lambda on_step: make(generator, [part], [seed], on_step, device=device, **options)
-    )
+    condition, asked = _prepared(generator, [part], device, options)
+    with memory(), closing(generator.generate_stepwise(condition, seeds=[seed], **asked)) as steps:
+        while True:
+            try:
+                done, total = next(steps)
+            except StopIteration as end:
+                media: list[Media] = end.value
+                break
+            yield MediaStep(index, done, total)
     made = MadePart(part.modality, media[0], part.caption, seed)
     yield MediaDone(index, made)
     return made
@@ -94,9 +102,17 @@ def make(
     **options: Any,
 ) -> list[Media]:
     """One call of the generator. Takes and raises the same as `make_all`."""
+    condition, asked = _prepared(generator, parts, device, options)
+    with memory():
+        return generator.generate(condition, seeds=seeds, on_step=on_step, **asked)
+
+
+def _prepared(
+    generator: Generator, parts: Sequence[PlannedPart], device: torch.device, options: dict[str, Any]
+) -> tuple[Condition, dict[str, Any]]:
+    """The parts' conditions as one batch on the device, and the options that the generator takes."""
     condition = generator.condition_spec.check(Condition.cat([part.condition for part in parts]))
     asked = asked_for(**options)
     if generator.modality not in TIMED:
         asked.pop("seconds", None)
-    with memory():
-        return generator.generate(condition.to(device), seeds=seeds, on_step=on_step, **asked)
+    return condition.to(device), asked

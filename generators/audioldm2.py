@@ -31,11 +31,11 @@ from torch import Tensor, nn
 from anygen.component import SHARD
 from anygen.errors import CheckpointError, ConfigError
 from anygen.features import Condition, ConditionSpec
-from anygen.generators.base import StepCallback
 from anygen.generators.denoising import DenoisingGenerator, Predictor
 from anygen.generators.latent import SamplingDefaults, save_part
 from anygen.generators.mel import LogMel, MelConfig, faded, levelled
 from anygen.progress import quiet_libraries
+from anygen.stepwise import Steps
 
 GENERATED, EMBEDS = "generated_prompt_embeds", "prompt_embeds"
 GENERATED_TOKENS = 8
@@ -327,48 +327,19 @@ class AudioLDM2Generator(DenoisingGenerator):
         return Condition(self.text(SoundTokens(tokens.ids.to(device), tokens.mask.to(device), clap)))
 
     @torch.inference_mode()
-    def generate(
-        self,
-        condition: Condition,
-        *,
-        seeds: Sequence[int],
-        steps: int | None = None,
-        guidance_scale: float | None = None,
-        on_step: StepCallback | None = None,
-        **options: Any,
-    ) -> list[Any]:
-        """Both conditions and B seeds -> B sounds, levelled, of one channel.
-
-        Args:
-            condition: matches `condition_spec`; zero rows of `prompt_embeds` are padding.
-            seeds: one a sample, of its initial noise.
-            steps: denoising steps.
-            guidance_scale: 1 or less switches guidance off, and halves the work.
-            on_step: called with (steps done, steps in all).
-            **options: `seconds`, the length.
-
-        Raises:
-            ConfigError: the condition does not fit, the seeds are not one a sample, or the length is out of range.
-        """
-        from anygen.media import Audio
-
-        seconds = options.get("seconds") or self.defaults.seconds
-        waveform = self.decode(self.sample(condition, seeds, steps, guidance_scale, on_step, **options), seconds)
-        waveform = faded(levelled(waveform, self.sampling_rate), self.sampling_rate)
-        return [Audio(sound, self.sampling_rate) for sound in waveform.cpu().numpy()]
-
-    @torch.inference_mode()
-    def sample(
+    def sampling(
         self,
         condition: Condition,
         seeds: Sequence[int],
         steps: int | None = None,
         guidance_scale: float | None = None,
-        on_step: StepCallback | None = None,
         *,
         seconds: float | None = None,
-    ) -> Tensor:
-        """As `generate`, but returns the latents, float[B, c, T / f, F / f]."""
+    ) -> Steps[Tensor]:
+        """Both conditions and B seeds -> latents float[B, c, T / f, F / f], step by step.
+
+        Args: as of `generate`, where zero rows of `prompt_embeds` are padding, and `seconds`, the length.
+        """
         told = self._told(condition)
         length: float = self.defaults.seconds if seconds is None else seconds
 
@@ -381,7 +352,15 @@ class AudioLDM2Generator(DenoisingGenerator):
         def noise() -> Tensor:
             return self._noise(seeds, self._latent_shape(length))
 
-        return self.guided_sampling(predictor, noise, len(told[EMBEDS]), seeds, steps, guidance_scale, on_step)
+        return (yield from self.guided_sampling(predictor, noise, len(told[EMBEDS]), seeds, steps, guidance_scale))
+
+    def media(self, latents: Tensor, **options: Any) -> list[Any]:
+        """Latents float[B, c, T / f, F / f] -> B sounds of `seconds`, levelled, of one channel."""
+        from anygen.media import Audio
+
+        waveform = self.decode(latents, options.get("seconds") or self.defaults.seconds)
+        waveform = faded(levelled(waveform, self.sampling_rate), self.sampling_rate)
+        return [Audio(sound, self.sampling_rate) for sound in waveform.cpu().numpy()]
 
     @torch.inference_mode()
     def decode(self, latents: Tensor, seconds: float | None = None) -> Tensor:

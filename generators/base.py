@@ -4,7 +4,7 @@ Shapes: B batch.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 from anygen.features import Condition, ConditionSpec
-
-StepCallback = Callable[[int, int], None]
-"""Called with (steps done, steps in all) after each denoising step."""
+from anygen.stepwise import StepCallback, Steps, in_thread
 
 
 class Generator(ABC):
@@ -54,6 +52,13 @@ class Generator(ABC):
         **options: Any,
     ) -> list[Any]:
         """B conditions and B seeds -> B media values. A sample does not depend on the batch it is in."""
+
+    def generate_stepwise(self, condition: Condition, *, seeds: Sequence[int], **options: Any) -> Steps[list[Any]]:
+        """As `generate`, step by step: yields (steps done, steps in all) after each, and returns the media.
+
+        A generator whose loop can yield overrides this; here `generate` runs in a thread.
+        """
+        return in_thread(lambda on_step: self.generate(condition, seeds=seeds, on_step=on_step, **options))
 
     @abstractmethod
     def denoising_loss(self, condition: Condition, media: Any, *, generator: torch.Generator | None = None) -> Tensor:

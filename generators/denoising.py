@@ -5,6 +5,7 @@ Differs: each sample's noise is drawn from its own seed, so that a sample does n
 Shapes: B batch; latents are float[B, c, ...].
 """
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from anygen.errors import ConfigError
-from anygen.generators.base import Generator, StepCallback
+from anygen.features import Condition
+from anygen.generators.base import Generator
+from anygen.stepwise import StepCallback, Steps, drained
 
 Predictor = Callable[[Tensor, Tensor], Tensor]
 """(latents, time or times) -> what the UNet predicts."""
@@ -34,6 +37,68 @@ class DenoisingGenerator(Generator):
         """Where the UNet is."""
         return self.unet.device
 
+    @torch.inference_mode()
+    def generate(
+        self,
+        condition: Condition,
+        *,
+        seeds: Sequence[int],
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        on_step: StepCallback | None = None,
+        **options: Any,
+    ) -> list[Any]:
+        """B conditions and B seeds -> B media values.
+
+        Args:
+            condition: matches `condition_spec`.
+            seeds: one a sample, of its initial noise.
+            steps: denoising steps.
+            guidance_scale: 1 or less switches guidance off, and halves the work.
+            on_step: called with (steps done, steps in all).
+            **options: the modality's own, those of `sampling`.
+
+        Raises:
+            ConfigError: the condition or an option does not fit, or the seeds are not one a sample.
+        """
+        made = self.generate_stepwise(condition, seeds=seeds, steps=steps, guidance_scale=guidance_scale, **options)
+        return drained(made, on_step)
+
+    @torch.inference_mode()
+    def generate_stepwise(
+        self,
+        condition: Condition,
+        *,
+        seeds: Sequence[int],
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        **options: Any,
+    ) -> Steps[list[Any]]:
+        """As `generate`, step by step, in the thread of whoever asks for the next one."""
+        latents = yield from self.sampling(condition, seeds, steps, guidance_scale, **options)
+        return self.media(latents, **options)
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        condition: Condition,
+        seeds: Sequence[int],
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        on_step: StepCallback | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """As `generate`, but returns the latents, float[B, c, ...]."""
+        return drained(self.sampling(condition, seeds, steps, guidance_scale, **options), on_step)
+
+    @abstractmethod
+    def sampling(self, *args: Any, **options: Any) -> Steps[Tensor]:
+        """The loop that `sample` drains: (condition, seeds, steps, guidance_scale) and the modality's options."""
+
+    @abstractmethod
+    def media(self, latents: Tensor, **options: Any) -> list[Any]:
+        """Latents float[B, c, ...] -> B media values; options as those of `sampling`."""
+
     def guided_sampling(
         self,
         predictor: Callable[[bool], Predictor],
@@ -42,9 +107,8 @@ class DenoisingGenerator(Generator):
         seeds: Sequence[int],
         steps: int | None = None,
         guidance_scale: float | None = None,
-        on_step: StepCallback | None = None,
-    ) -> Tensor:
-        """The sampling loop: float[B, c, ...].
+    ) -> Steps[Tensor]:
+        """The sampling loop, step by step; returns float[B, c, ...].
 
         Args:
             predictor: told whether the batch is guided, and then doubled with the unconditional half first, gives the
@@ -54,7 +118,6 @@ class DenoisingGenerator(Generator):
             seeds: those that `noise` draws from, to be counted.
             steps: denoising steps.
             guidance_scale: 1 or less switches guidance off, and halves the work.
-            on_step: called with (steps done, steps in all).
 
         Raises:
             ConfigError: there are no steps, or the seeds are not one a sample.
@@ -77,8 +140,7 @@ class DenoisingGenerator(Generator):
                 without, with_text = predicted.chunk(2)
                 predicted = without + guidance * (with_text - without)
             latents = scheduler.step(predicted, time, latents, return_dict=False)[0]
-            if on_step is not None:
-                on_step(step + 1, steps)
+            yield step + 1, steps
         return latents
 
     def prediction_loss(self, predict: Predictor, latents: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -24,9 +24,9 @@ from anygen.component import SHARD
 from anygen.config import Config
 from anygen.errors import CheckpointError, ConfigError
 from anygen.features import Condition, ConditionSpec
-from anygen.generators.base import StepCallback
 from anygen.generators.denoising import DenoisingGenerator, Predictor
 from anygen.progress import quiet_libraries
+from anygen.stepwise import Steps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -245,9 +245,8 @@ class LatentDiffusionGenerator(DenoisingGenerator):
         seeds: Sequence[int],
         steps: int | None = None,
         guidance_scale: float | None = None,
-        on_step: StepCallback | None = None,
-    ) -> Tensor:
-        """The guided sampling loop, for latents of any shape: float[B, c, ...].
+    ) -> Steps[Tensor]:
+        """The guided sampling loop, step by step, for latents of any shape; returns float[B, c, ...].
 
         Args:
             condition: matches `condition_spec`.
@@ -255,7 +254,6 @@ class LatentDiffusionGenerator(DenoisingGenerator):
             seeds: those that `noise` draws from, to be counted.
             steps: denoising steps.
             guidance_scale: 1 or less switches guidance off, and halves the work.
-            on_step: called with (steps done, steps in all).
 
         Raises:
             ConfigError: the condition does not fit, or the seeds are not one a sample.
@@ -266,7 +264,7 @@ class LatentDiffusionGenerator(DenoisingGenerator):
             told = torch.cat([self.unconditional.to(embeds).expand_as(embeds), embeds]) if guided else embeds
             return lambda latents, time: self.unet(latents, time, encoder_hidden_states=told, return_dict=False)[0]
 
-        return self.guided_sampling(predictor, noise, len(embeds), seeds, steps, guidance_scale, on_step)
+        return self.guided_sampling(predictor, noise, len(embeds), seeds, steps, guidance_scale)
 
     def latent_loss(self, condition: Condition, latents: Tensor, generator: torch.Generator | None) -> Tensor:
         """Mean squared error of the UNet's prediction for float[B, c, ...] at random times.

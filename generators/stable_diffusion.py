@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from anygen.features import Condition
-from anygen.generators.base import StepCallback
 from anygen.generators.latent import EMBEDS, LatentDiffusionGenerator, SamplingDefaults, TextConditioner, to_uint8
+from anygen.stepwise import Steps
 
 __all__ = ["EMBEDS", "SamplingDefaults", "StableDiffusionGenerator", "TextConditioner", "to_uint8"]
 
@@ -35,52 +35,31 @@ class StableDiffusionGenerator(LatentDiffusionGenerator):
     }
 
     @torch.inference_mode()
-    def generate(
-        self,
-        condition: Condition,
-        *,
-        seeds: Sequence[int],
-        steps: int | None = None,
-        guidance_scale: float | None = None,
-        on_step: StepCallback | None = None,
-        **options: Any,
-    ) -> list[Any]:
-        """`prompt_embeds` float[B, L, C] and B seeds -> B images.
-
-        Args:
-            condition: matches `condition_spec`.
-            seeds: one a sample, of its initial noise.
-            steps: denoising steps.
-            guidance_scale: 1 or less switches guidance off, and halves the work.
-            on_step: called with (steps done, steps in all).
-            **options: `height` and `width` in pixels.
-
-        Raises:
-            ConfigError: the condition does not fit, or the seeds are not one a sample.
-        """
-        from anygen.media import Image
-
-        pixels = self.decode(self.sample(condition, seeds, steps, guidance_scale, on_step, **options))
-        return [Image.from_any(picture) for picture in to_uint8(pixels)]
-
-    @torch.inference_mode()
-    def sample(
+    def sampling(
         self,
         condition: Condition,
         seeds: Sequence[int],
         steps: int | None = None,
         guidance_scale: float | None = None,
-        on_step: StepCallback | None = None,
         *,
         height: int | None = None,
         width: int | None = None,
-    ) -> Tensor:
-        """As `generate`, but returns the latents, float[B, c, h, w]."""
+    ) -> Steps[Tensor]:
+        """`prompt_embeds` float[B, L, C] and B seeds -> latents float[B, c, h, w], step by step.
+
+        Args: as of `generate`, and `height` and `width` in pixels.
+        """
 
         def noise() -> Tensor:
             return self._noise(seeds, (self.unet.config.in_channels, *self._latent_sides(height, width)))
 
-        return self.denoise(condition, noise, seeds, steps, guidance_scale, on_step)
+        return (yield from self.denoise(condition, noise, seeds, steps, guidance_scale))
+
+    def media(self, latents: Tensor, **options: Any) -> list[Any]:
+        """Latents float[B, c, h, w] -> B images."""
+        from anygen.media import Image
+
+        return [Image.from_any(picture) for picture in to_uint8(self.decode(latents))]
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from anygen.errors import ConfigError
 from anygen.features import Condition
-from anygen.generators.base import StepCallback
 from anygen.generators.latent import LatentDiffusionGenerator, SamplingDefaults, TextConditioner
+from anygen.stepwise import Steps
 
 __all__ = ["ClipDefaults", "TextConditioner", "ZeroscopeGenerator"]
 
@@ -54,51 +54,23 @@ class ZeroscopeGenerator(LatentDiffusionGenerator):
     defaults: ClipDefaults
 
     @torch.inference_mode()
-    def generate(
-        self,
-        condition: Condition,
-        *,
-        seeds: Sequence[int],
-        steps: int | None = None,
-        guidance_scale: float | None = None,
-        on_step: StepCallback | None = None,
-        **options: Any,
-    ) -> list[Any]:
-        """`prompt_embeds` float[B, L, C] and B seeds -> B videos.
-
-        Args:
-            condition: matches `condition_spec`.
-            seeds: one a sample, of its initial noise.
-            steps: denoising steps.
-            guidance_scale: 1 or less switches guidance off, and halves the work.
-            on_step: called with (steps done, steps in all).
-            **options: `height` and `width` in pixels; `frames`, or `seconds`, which is rounded to whole frames.
-
-        Raises:
-            ConfigError: the condition does not fit, the seeds are not one a sample, or a size cannot be made.
-        """
-        from anygen.media import Video
-
-        latents = self.sample(condition, seeds, steps, guidance_scale, on_step, **options)
-        # A clip at a time, as bytes: the pixels of many clips in float32 would outweigh the UNet.
-        clips = [(self.decode(clip[None])[0] * 255).round().to(torch.uint8) for clip in latents]
-        return [Video(clip.permute(0, 2, 3, 1).cpu().numpy(), self.defaults.fps) for clip in clips]
-
-    @torch.inference_mode()
-    def sample(
+    def sampling(
         self,
         condition: Condition,
         seeds: Sequence[int],
         steps: int | None = None,
         guidance_scale: float | None = None,
-        on_step: StepCallback | None = None,
         *,
         height: int | None = None,
         width: int | None = None,
         frames: int | None = None,
         seconds: float | None = None,
-    ) -> Tensor:
-        """As `generate`, but returns the latents, float[B, c, F, h, w]."""
+    ) -> Steps[Tensor]:
+        """`prompt_embeds` float[B, L, C] and B seeds -> latents float[B, c, F, h, w], step by step.
+
+        Args: as of `generate`, and `height` and `width` in pixels; `frames`, or `seconds`, which is rounded to whole
+        frames.
+        """
         if frames is not None and seconds is not None:
             raise ConfigError("the length of a clip is told in frames or in seconds, not in both")
         if seconds is not None:
@@ -110,7 +82,15 @@ class ZeroscopeGenerator(LatentDiffusionGenerator):
         def noise() -> Tensor:
             return self._noise(seeds, (self.unet.config.in_channels, count, *self._latent_sides(height, width)))
 
-        return self.denoise(condition, noise, seeds, steps, guidance_scale, on_step)
+        return (yield from self.denoise(condition, noise, seeds, steps, guidance_scale))
+
+    def media(self, latents: Tensor, **options: Any) -> list[Any]:
+        """Latents float[B, c, F, h, w] -> B videos."""
+        from anygen.media import Video
+
+        # A clip at a time, as bytes: the pixels of many clips in float32 would outweigh the UNet.
+        clips = [(self.decode(clip[None])[0] * 255).round().to(torch.uint8) for clip in latents]
+        return [Video(clip.permute(0, 2, 3, 1).cpu().numpy(), self.defaults.fps) for clip in clips]
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ GROUND = {
     "anygen.registry",
     "anygen.smollm2",
     "anygen.sources",
+    "anygen.stepwise",
     "anygen.wheels",
 }
 """Every other module of anygen/ is the roof."""

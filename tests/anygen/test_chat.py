@@ -47,7 +47,7 @@ def test_what_goes_wrong_leaves_no_trace(pipe: AnyGenPipeline, monkeypatch: pyte
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(type(pipe.generator("image")), "generate", interrupt)
+    monkeypatch.setattr(type(pipe.generator("image")), "sampling", interrupt)
     for use in (chat.send, lambda prompt: list(chat.stream(prompt))):
         with pytest.raises(KeyboardInterrupt):
             use("Draw")

@@ -316,7 +316,7 @@ def test_ctrl_c_ends_a_piped_chat(run: Run, pipe: Any, monkeypatch: pytest.Monke
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(type(pipe.generator("image")), "generate", interrupt)
+    monkeypatch.setattr(type(pipe.generator("image")), "sampling", interrupt)
     code, _, error = run("chat", "--max-new-tokens", "3", stdin="Draw\nHello\n")
     assert code == 130 and error.endswith("anygen: interrupted\n") and files() == []
 

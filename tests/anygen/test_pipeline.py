@@ -339,7 +339,7 @@ def test_a_generator_that_runs_out_of_memory_says_what_helps(
         def fail(*_: Any, error: Exception = error, **__: Any) -> None:
             raise error
 
-        monkeypatch.setattr(type(pipe.generator("image")), "generate", fail)
+        monkeypatch.setattr(type(pipe.generator("image")), "sampling", fail)
         for use in (lambda: pipe("Draw", max_new_tokens=3), lambda: list(pipe.stream("Draw", max_new_tokens=3))):
             with pytest.raises(OutOfMemoryError, match=r"not enough memory \(.*\); lower batch_size, pass dtype="):
                 use()
@@ -349,7 +349,7 @@ def test_ctrl_c_in_a_step_comes_through(pipe: AnyGenPipeline, monkeypatch: pytes
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(type(pipe.generator("image")), "generate", interrupt)
+    monkeypatch.setattr(type(pipe.generator("image")), "sampling", interrupt)
     for use in (lambda: pipe("Draw", max_new_tokens=3), lambda: list(pipe.stream("Draw", max_new_tokens=3))):
         with pytest.raises(KeyboardInterrupt):
             use()

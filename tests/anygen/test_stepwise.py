@@ -1,13 +1,15 @@
+"""Work that is done step by step, here or in a thread."""
+
 import threading
 from typing import Any
 
 import pytest
 
-from anygen.streaming import MediaStep, steps_of
+from anygen.stepwise import drained, in_thread
 
 
-def take(work: Any) -> tuple[list[MediaStep], Any]:
-    steps, running = [], steps_of(4, work)
+def take(work: Any) -> tuple[list[tuple[int, int]], Any]:
+    steps, running = [], in_thread(work)
     while True:
         try:
             steps.append(next(running))
@@ -24,13 +26,13 @@ def test_steps_come_while_the_work_goes_on() -> None:
         on_step(2, 2)
         return "done"
 
-    running = steps_of(4, work)
+    running = in_thread(work)
     seen.append(next(running))
     go_on.set()
     seen.append(next(running))
     with pytest.raises(StopIteration) as end:
         next(running)
-    assert seen == [MediaStep(4, 1, 2), MediaStep(4, 2, 2)] and end.value.value == "done"
+    assert seen == [(1, 2), (2, 2)] and end.value.value == "done"
 
 
 def test_work_without_steps_returns_its_result() -> None:
@@ -56,7 +58,7 @@ def test_the_work_stops_with_its_consumer(way_out: str) -> None:
             done.append(step)
             on_step(step, 10**6)
 
-    running = steps_of(0, work)
+    running = in_thread(work)
     next(running)
     if way_out == "close":
         running.close()
@@ -65,3 +67,14 @@ def test_the_work_stops_with_its_consumer(way_out: str) -> None:
             running.throw(KeyboardInterrupt())
     count = len(done)
     assert count < 10**6 and not any(thread.name == "anygen-generator" for thread in threading.enumerate())
+
+
+def test_drained_work_tells_each_step_and_returns_its_result() -> None:
+    def work() -> Any:
+        yield 1, 2
+        yield 2, 2
+        return "done"
+
+    seen: list[tuple[int, int]] = []
+    assert drained(work(), lambda *step: seen.append(step)) == drained(work()) == "done"
+    assert seen == [(1, 2), (2, 2)]
