@@ -301,6 +301,9 @@ def test_the_suite_measures_every_row(
     assert len(result.rows) == 18 and all(row.seed == 0 for row in result.rows)
     again = evaluate(model, {"image": generator}, icons_dir, limit=1)
     assert [(row.name, row.value) for row in again.rows] == [(row.name, row.value) for row in result.rows]
+    some = evaluate(model, {"image": generator}, icons_dir, limit=1, only=["talk", "modality"])
+    names = [row.name for row in result.rows if row.name.startswith(("modality", "small talk"))]
+    assert [row.name for row in some.rows] == names and len(names) == 5
     read = json.loads(json.dumps(result.to_dict()))
     assert read["model"] == "tiny" and read["rows"][4]["unit"] == "dB" and read["rows"][4]["met"] is False
     text = (tmp_path / "report" / "README.md").read_text(encoding="utf-8")
