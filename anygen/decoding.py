@@ -2,6 +2,7 @@
 
 1. *Route.* The adapter view of every prompt is read once; `<|words|>` or `<|media|>` is chosen for each.
 2. *Words.* These prompts are read again in their base view with the adapter off: the untouched LLM answers.
+   A model without routes (`AnyGenConfig.routes`) has none of this and goes on with 3.
 3. *Media.* These go on from what was read. Once the first token of a run is chosen the rest is forced: all S tokens
    go through the LLM in one pass, in place of S passes. Rows that start no run at that step bring one token, right
    aligned behind masked columns:
@@ -198,19 +199,21 @@ def _decode(
         return
     routes: list[Route] = ["words"] * len(prompts)
     batch = None
+    routed = model.settings.routes
     if config.route != "words":
         batch = _Batch(model, stats, adapted=True)
         batch.read([prompt.ids for prompt in prompts], media)
         preferred = batch.routes()
         for row, prompt in enumerate(prompts):
-            routes[row] = config.route or ("media" if prompt.holds_media else preferred[row])
+            routes[row] = config.route or ("media" if prompt.holds_media or not routed else preferred[row])
     for row, route in enumerate(routes):
         yield Routed(row, route)
     spoken = [row for row, route in enumerate(routes) if route == "words"]
     shown = [row for row, route in enumerate(routes) if route == "media"]
     if batch is not None and shown:
         batch.keep(shown)
-        batch.feed([[model.signal_tokens.media_id]] * len(shown))
+        if routed:
+            batch.feed([[model.signal_tokens.media_id]] * len(shown))
         yield from _speak(batch, [speakers[row] for row in shown])
     if spoken:
         batch = _Batch(model, stats, adapted=False)

@@ -53,17 +53,32 @@ class LLM(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, directory: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+        cls,
+        directory: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        tokenizer: str | Path | None = None,
     ) -> Self:
-        """Loads model and tokenizer from transformers' files, by default in the type they were saved in."""
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        """Loads model and tokenizer from transformers' files, by default in the type they were saved in.
+
+        Args:
+            directory: with both.
+            dtype: another type.
+            device: where the model goes.
+            tokenizer: a directory with another tokenizer; a `generation_config.json` there (the ends of an answer)
+                replaces the model's too.
+        """
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
         with _bars_on_terminals_alone():
             model = AutoModelForCausalLM.from_pretrained(
                 directory, dtype=dtype or "auto", local_files_only=True, use_safetensors=True
             )
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-        return cls(cast(nn.Module, model).to(device).eval(), tokenizer)  # type: ignore[arg-type]
+        if tokenizer is not None and (Path(tokenizer) / "generation_config.json").exists():
+            model.generation_config = GenerationConfig.from_pretrained(str(tokenizer))
+        words = AutoTokenizer.from_pretrained(tokenizer or directory, local_files_only=True)
+        return cls(cast(nn.Module, model).to(device).eval(), words)  # type: ignore[arg-type]
 
     @property
     def base(self) -> "PreTrainedModel":
@@ -166,6 +181,33 @@ class LLM(nn.Module):
             logits = torch.tanh(logits / self._softcap) * self._softcap
         return logits
 
+    @torch.no_grad()
+    def replace_vocabulary(self, embedding: Tensor, head: Tensor | None = None) -> None:
+        """Puts other rows in place of the vocabulary's, of which there may then be more or fewer.
+
+        Args:
+            embedding: float[V, D], the input embeddings.
+            head: float[V, D], the output embeddings; none where they are tied.
+
+        Raises:
+            CheckpointError: the rows have another width, their numbers differ, or there is a head for a tied LLM.
+            ConfigError: there is an adapter, which has taken hold of the layers.
+        """
+        if self.has_adapter:
+            raise ConfigError("the vocabulary cannot be replaced once the LLM has an adapter; do it before adding one")
+        wanted = {"embed_tokens": torch.empty(len(embedding), self.width, device="meta")}
+        given = {"embed_tokens": embedding}
+        if not self.tied:
+            wanted["lm_head"] = wanted["embed_tokens"]
+        if head is not None:
+            given["lm_head"] = head
+        check_fit(wanted, given, "the replaced vocabulary")
+        self.base.resize_token_embeddings(len(embedding), mean_resizing=False)
+        self.model.requires_grad_(False)
+        cast(Tensor, self.embedding.weight).copy_(embedding)
+        if head is not None:
+            cast(Tensor, self.head.weight).copy_(head)
+
     @property
     def has_adapter(self) -> bool:
         """Whether an adapter was added."""
@@ -195,7 +237,7 @@ class LLM(nn.Module):
         Raises:
             CheckpointError: it lacks keys or has keys that the model does not, listed.
         """
-        from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
+        from peft import PeftConfig, set_peft_model_state_dict
 
         directory = Path(directory)
         if not (directory / "adapter_config.json").exists():
@@ -205,7 +247,7 @@ class LLM(nn.Module):
         config.inference_mode = False  # PEFT saves True, with which a training that goes on would leave it as it is
         self.add_adapter(config)
         state = read_safetensors(directory, "adapter_model")
-        check_fit(get_peft_model_state_dict(self.model), state, f"the adapter in {directory}")
+        check_fit(self._adapter_state(), state, f"the adapter in {directory}")
         set_peft_model_state_dict(self.model, state)
 
     def save_adapter(
@@ -215,7 +257,6 @@ class LLM(nn.Module):
 
         `dtype` is the type to store the weights in, their own by default.
         """
-        from peft import get_peft_model_state_dict
         from safetensors.torch import save_file
 
         directory = Path(directory)
@@ -232,9 +273,15 @@ class LLM(nn.Module):
         if isinstance(named := settings.get("target_modules"), list):  # PEFT keeps a set, in another order each time
             settings["target_modules"] = sorted(named)
             written.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        weights = get_peft_model_state_dict(self.model).items()
+        weights = self._adapter_state().items()
         state = {k: v.detach().cpu().to(dtype or v.dtype).contiguous() for k, v in weights}
         save_file(state, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+
+    def _adapter_state(self) -> dict[str, Tensor]:
+        from peft import get_peft_model_state_dict
+
+        # by default PEFT adds a vocabulary that was resized; ours lies beside the adapter
+        return get_peft_model_state_dict(cast("PeftModel", self.model), save_embedding_layers=False)
 
     def save_base(self, directory: str | Path) -> None:
         """Writes the model and the tokenizer as transformers does.

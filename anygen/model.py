@@ -38,6 +38,8 @@ from anygen.signal_tokens import SignalTokens, SignalTokensConfig
 
 CONFIG, PROJECTORS, SIGNAL_TOKENS, ADAPTER = "anygen.json", "projectors", "signal_tokens", "adapter"
 """Names inside a model's directory."""
+VOCABULARY, TOKENIZER = "vocabulary", "tokenizer"
+"""Names that only a model has whose training changed the LLM's own rows, such as a converted NExT-GPT."""
 
 MediaInput = Mapping[str, Tensor] | Features | Tensor
 """What `forward` takes for M media: an encoder's tensors, or its features (as a tensor if none is padded)."""
@@ -86,7 +88,10 @@ class AnyGenModel(nn.Module):
         self.encoders.requires_grad_(False)
         self.input_projectors = nn.ModuleDict({m: _input_projector(c, llm.width) for m, c in config.inputs.items()})
         self.output_projectors = nn.ModuleDict({m: _output_projector(c, llm.width) for m, c in config.outputs.items()})
-        self.prompts = PromptBuilder(llm.tokenizer, self.signal_tokens, config.slots)
+        around = {m: (c.before, c.after) for m, c in config.inputs.items()}
+        self.prompts = PromptBuilder(
+            llm.tokenizer, self.signal_tokens, config.slots, around=around, routes=config.routes
+        )
         self.alignment = AlignmentConfig()
         self.alignment_weight = 1.0
         self.metrics: dict[str, dict[str, Tensor]] = {}
@@ -311,6 +316,10 @@ class AnyGenModel(nn.Module):
             self.llm.save_adapter(directory / ADAPTER, base_name=base, dtype=dtype)
         elif (directory / ADAPTER).exists():
             shutil.rmtree(directory / ADAPTER)
+        if self.origin is not None and self.origin.resolve() != directory.resolve():
+            for kept in (*self.origin.glob(f"{VOCABULARY}*.safetensors*"), *self.origin.glob(f"{TOKENIZER}/*")):
+                (target := directory / kept.relative_to(self.origin)).parent.mkdir(exist_ok=True)
+                shutil.copy2(kept, target)
         if parts:
             self._save_parts(directory)
 
@@ -366,7 +375,11 @@ class AnyGenModel(nn.Module):
                 return directory / source.path
             return (resolve or _hub)(f"{source.repo}@{source.revision}" if source.revision else str(source.repo))
 
-        llm = LLM.from_pretrained(find(config.llm), dtype=dtype, device=device)
+        words = directory / TOKENIZER if (directory / TOKENIZER).is_dir() else None
+        llm = LLM.from_pretrained(find(config.llm), dtype=dtype, device=device, tokenizer=words)
+        if any(directory.glob(f"{VOCABULARY}*.safetensors")):
+            rows = read_safetensors(directory, VOCABULARY)
+            llm.replace_vocabulary(rows["embed_tokens"], rows.get("lm_head"))
         wanted = list(config.inputs) if encoders is True else list(encoders or [])
         loaded = {m: _load_encoder(config.inputs[m].encoder, find) for m in wanted}
         model = cls(config, llm, loaded)

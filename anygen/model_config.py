@@ -68,6 +68,10 @@ class InputConfig(Config):
     shares: str | None = None
     """Another input modality, whose projector makes this one's tokens as well; of its own it has but a scale and a
     shift, which bring its features to where the other's lie."""
+    before: str = ""
+    """Text before the slots of a media value, such as NExT-GPT's `<Img>`."""
+    after: str = ""
+    """Text behind them."""
 
     def __post_init__(self) -> None:
         if self.shares is not None and self.projector != PartConfig(name="linear"):
@@ -104,6 +108,9 @@ class AnyGenConfig(Config):
     modalities: dict[str, ModalityConfig]
     name: str = ""
     """What the model is called in replies and saved media."""
+    routes: bool = True
+    """Whether an answer begins with a route. If not (NExT-GPT), the adapted LLM gives every answer, and the rows of
+    `<|words|>` and `<|media|>` are never read."""
 
     def __post_init__(self) -> None:
         for modality, config in self.inputs.items():

@@ -116,6 +116,8 @@ def describe(directory: Path) -> ModelInfo:
     parts = [_source_part("LLM", config.llm, directory, licence)]
     if (adapter := directory / "adapter").is_dir():
         parts.append(_part("LLM adapter", "PEFT", _tensors(adapter, "*.safetensors"), adapter, licence))
+    if words := _tensors(directory, "vocabulary*.safetensors"):
+        parts.append(_part("words", "vocabulary, in place of the LLM's", words, None, licence))
     parts.append(_part("signal rows", "signal_tokens", rows, None, licence))
     for modality, reading in config.inputs.items():
         parts.append(_source_part(f"{modality} encoder", reading.encoder.source, directory, licence))

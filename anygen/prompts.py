@@ -64,17 +64,26 @@ class PromptBuilder:
         tokenizer: with a chat template.
         signal_tokens: the output modalities and their ids.
         slots: input modality -> N, the prompt tokens of one media value.
+        around: input modality -> text before and behind its slots; none by default.
+        routes: whether an answer begins with a route.
 
     Raises:
         ConfigError: the tokenizer has no chat template.
     """
 
     def __init__(
-        self, tokenizer: "PreTrainedTokenizerBase", signal_tokens: SignalTokens, slots: Mapping[str, int]
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        signal_tokens: SignalTokens,
+        slots: Mapping[str, int],
+        *,
+        around: Mapping[str, tuple[str, str]] | None = None,
+        routes: bool = True,
     ) -> None:
         if not tokenizer.chat_template:
             raise ConfigError("the LLM's tokenizer has no chat template; anygen needs an instruction-tuned model")
         self.tokenizer, self.signal_tokens, self.slots = tokenizer, signal_tokens, dict(slots)
+        self.around, self.routes = dict(around or {}), routes
         self._forced = {token for run in signal_tokens.runs.values() for token in run[1:]}
 
     def slot_id(self, modality: str) -> int:
@@ -130,14 +139,16 @@ class PromptBuilder:
         message, signals = messages[index], self.signal_tokens
         content = ""
         if message.role == "assistant":
-            content += marks.route(signals, by_media=self._routed_by_media(messages, index))
+            by_media = self._routed_by_media(messages, index) if self.routes else None
+            content += marks.route(signals, by_media=by_media)
         for part in message.parts:
             if isinstance(part, TextPart):
                 content += part.text
             elif message.role == "assistant" and part.modality in signals.runs:
                 content += marks.run(signals, part.modality)
             elif part.modality in self.slots:
-                content += marks.slot(part, self.slot_id(part.modality), self.slots[part.modality])
+                before, after = self.around.get(part.modality, ("", ""))
+                content += before + marks.slot(part, self.slot_id(part.modality), self.slots[part.modality]) + after
             else:
                 raise ModalityError(
                     f"the model cannot read {part.modality}; it reads {', '.join(['text', *self.slots])}"
@@ -182,8 +193,9 @@ class _Marks:
         self.ids.append(ids)
         return f"{OPEN}{self.name}:{len(self.ids) - 1}{CLOSE}"
 
-    def route(self, signals: SignalTokens, by_media: bool) -> str:
-        self.last_route = self.add([signals.id(MEDIA if by_media else WORDS)])
+    def route(self, signals: SignalTokens, by_media: bool | None) -> str:
+        """Marks where an answer begins; None puts no token there."""
+        self.last_route = self.add([] if by_media is None else [signals.id(MEDIA if by_media else WORDS)])
         return self.last_route
 
     def run(self, signals: SignalTokens, modality: str) -> str:

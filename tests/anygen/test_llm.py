@@ -52,6 +52,48 @@ def test_logits_equal_the_models_own_whatever_its_family_does_to_them(name: str,
         torch.testing.assert_close(llm.logits(hidden), model(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("rows", [300, 160])
+def test_a_replaced_vocabulary_is_read_on_both_sides(tied: bool, rows: int, tiny_llm: Callable[..., LLM]) -> None:
+    llm = tiny_llm(tie_word_embeddings=tied)
+    embedding, head = torch.randn(rows, 32), torch.randn(rows, 32)
+    llm.replace_vocabulary(embedding, None if tied else head)
+    assert llm.vocab_size == rows == llm.base.config.vocab_size and llm.tied == tied
+    assert not any(parameter.requires_grad for parameter in llm.parameters())
+    hidden = torch.randn(2, 32)
+    torch.testing.assert_close(llm.embedding(torch.tensor([rows - 1])), embedding[-1:])
+    torch.testing.assert_close(llm.logits(hidden), hidden @ (embedding if tied else head).T)
+
+
+def test_a_vocabulary_that_does_not_fit_is_refused(tiny_llm: Callable[..., LLM]) -> None:
+    from peft import LoraConfig
+
+    llm = tiny_llm(tie_word_embeddings=False)
+    with pytest.raises(
+        CheckpointError, match=r"replaced vocabulary does not fit: missing lm_head; embed_tokens is \(9,"
+    ):
+        llm.replace_vocabulary(torch.zeros(9, 8))
+    with pytest.raises(CheckpointError, match="the replaced vocabulary does not fit: unexpected lm_head"):
+        tiny_llm().replace_vocabulary(torch.zeros(9, 32), torch.zeros(9, 32))
+    llm.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(
+        ConfigError, match="the vocabulary cannot be replaced once the LLM has an adapter; do it before"
+    ):
+        llm.replace_vocabulary(torch.zeros(9, 32), torch.zeros(9, 32))
+
+
+def test_a_tokenizer_from_elsewhere_brings_its_own_ends(
+    tiny_llm: Callable[..., LLM], tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    from transformers import GenerationConfig
+
+    tiny_llm().save_base(tmp_path / "llm")
+    tiny_tokenizer.save_pretrained(tmp_path / "words")
+    assert LLM.from_pretrained(tmp_path / "llm", tokenizer=tmp_path / "words").eos_ids == [2]
+    GenerationConfig(eos_token_id=[2, 7]).save_pretrained(tmp_path / "words")
+    assert LLM.from_pretrained(tmp_path / "llm", tokenizer=tmp_path / "words").eos_ids == [2, 7]
+
+
 def test_a_gpt2_has_its_decoder_under_another_name(tiny_tokenizer: Any) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 

@@ -51,6 +51,19 @@ def test_a_prompt_of_words_has_the_very_ids_of_the_chat_template(builder: Prompt
     assert prompt.media == [] and not prompt.holds_media
 
 
+def test_a_model_without_routes_has_none_and_may_have_text_around_its_slots(builder: PromptBuilder) -> None:
+    around = {"image": ("<Img>", "</Img> ")}
+    bare = PromptBuilder(builder.tokenizer, builder.signal_tokens, builder.slots, around=around, routes=False)
+    turns = [say("user", PICTURE, "so?"), say("assistant", "Yes ", PICTURE)]
+    example = bare.example(turns)
+    assert text(bare, example.ids) == (
+        "<|im_start|>system\nYou are helpful<|im_end|>\n<|im_start|>user\n<Img>[-1][-1][-1]</Img> so?<|im_end|>\n"
+        "<|im_start|>assistant\nYes <|image_0|><|image_1|><|im_end|>"
+    )
+    learned = [token for token, label in zip(example.ids, example.labels, strict=True) if label == token]
+    assert text(bare, learned) == "Yes <|image_0|><|im_end|>"
+
+
 def test_slots_stand_where_media_stood(builder: PromptBuilder) -> None:
     prompt = builder.prompt([say("user", "See ", PICTURE, " and ", OTHER), say("user", "so?")])
     assert text(builder, prompt.ids) == (
