@@ -29,7 +29,7 @@ from anygen.encoders.imagebind_config import (
     TrunkConfig,
     VisionConfig,
 )
-from anygen.encoders.imagebind_inputs import image_values, load_tokenizer, sensor_values, token_ids
+from anygen.encoders.imagebind_inputs import image_values, load_tokenizer, sensor_values, thermal_values, token_ids
 from anygen.encoders.imagebind_layers import (
     Head,
     LogitScale,
@@ -189,8 +189,8 @@ class ImageBindEncoder(Encoder):
         """Media values -> `{"inputs": Tensor}`, as `ImageBindModel.forward` takes them.
 
         Args:
-            media: `Image`, `Video` or `Audio` values; text as str; depth and thermal maps and IMU readings as
-                arrays or tensors of the shape that the trunk takes.
+            media: `Image`, `Video` or `Audio` values; text as str; thermal pictures as `Image` values; depth and
+                thermal maps and IMU readings as arrays or tensors of the shape that the trunk takes.
 
         Raises:
             MediaError: a sample has another shape, or a sound is too short.
@@ -230,6 +230,8 @@ class ImageBindEncoder(Encoder):
         assert isinstance(trunk, PlaneConfig)
         if self.trunk == "audio":
             return sound_values(media, trunk.height, trunk.plane_width)
+        if self.trunk == "thermal" and trunk.height == trunk.plane_width:
+            return thermal_values(media, trunk.height)
         return sensor_values(media, (1, trunk.height, trunk.plane_width))
 
 

@@ -4,6 +4,7 @@ Source: the released ImageBind pipeline (arXiv:2305.05665, appendix A) and, for 
 Shapes: B batch, T tokens.
 """
 
+import gzip
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 START, END = "<|startoftext|>", "<|endoftext|>"
+_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+_BYTES = (*range(33, 127), *range(161, 173), *range(174, 256))
+"""Bytes that stand for themselves in a vocabulary of bytes; the others follow as characters from 256 on."""
 
 
 def image_values(images: "Sequence[Image]", size: int) -> Tensor:
@@ -60,8 +64,28 @@ def _square(image: "Image", size: int) -> "Image":
     return resized.crop((left, top, left + size, top + size))
 
 
+def thermal_values(samples: Sequence[Any], size: int) -> Tensor:
+    """Thermal pictures, or arrays or tensors of shape [1, size, size] -> float[B, 1, size, size].
+
+    A picture (an `Image` value) becomes grey, its shorter side is resized to `size` (bicubic, antialiased), the middle
+    cropped; 0 is black and 1 white.
+
+    Raises:
+        MediaError: an array has another shape or is not finite.
+    """
+    values = [_grey(sample.pil, size) if hasattr(sample, "pil") else sample for sample in samples]
+    return sensor_values(values, (1, size, size))
+
+
+def _grey(image: "Image", size: int) -> Tensor:
+    return torch.from_numpy(np.array(_square(opaque(image).convert("L"), size)))[None].float() / 255
+
+
 def sensor_values(samples: Sequence[Any], shape: tuple[int, ...]) -> Tensor:
     """Depth maps, thermal maps or IMU readings, as arrays or tensors of `shape` -> float[B, *shape].
+
+    The release has no code that makes such values of depth cameras' or motion sensors' files, so they are taken as
+    they are.
 
     Raises:
         MediaError: a sample has another shape or is not finite.
@@ -98,6 +122,42 @@ def load_tokenizer(path: Path, vocab_size: int) -> "Tokenizer":
         raise CheckpointError(f"{path}: {END} has id {ids[END]}, but must have the largest, {max(ids.values())}")
     if ids[END] >= vocab_size:
         raise CheckpointError(f"{path} has ids up to {ids[END]}, the ImageBind only {vocab_size} rows")
+    return tokenizer
+
+
+def clip_tokenizer(path: Path, vocab_size: int) -> "Tokenizer":
+    """Builds CLIP's tokenizer from the list of merges that ImageBind's release reads.
+
+    The vocabulary is 256 bytes, the same at a word's end, one token a merge, start and end.
+
+    Args:
+        path: `bpe_simple_vocab_16e6.txt.gz`, or unpacked: a line of comment, then a merge a line.
+        vocab_size: 514 and the merges to take, which are the first; the list is longer.
+
+    Raises:
+        CheckpointError: the file is missing, is no list of merges, or has too few.
+    """
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+
+    if not path.is_file():
+        raise CheckpointError(f"the vocabulary {path} is missing")
+    try:
+        packed = path.read_bytes()
+        lines = (gzip.decompress(packed) if packed[:2] == b"\x1f\x8b" else packed).decode().rstrip("\n").split("\n")
+        merges = [(left, right) for left, right in (line.split() for line in lines[1 : vocab_size - 514 + 1])]
+    except (OSError, EOFError, ValueError):
+        raise CheckpointError(f"{path} is not a list of merges") from None
+    if len(merges) != vocab_size - 514:
+        raise CheckpointError(f"{path} has {len(merges):,} merges, {vocab_size - 514:,} are wanted")
+    letters = [chr(byte) for byte in _BYTES] + [chr(256 + n) for n in range(256 - len(_BYTES))]
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(merge) for merge in merges), START, END]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token=END, end_of_word_suffix="</w>"))
+    steps = [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    tokenizer.normalizer = normalizers.Sequence(steps)  # type: ignore[assignment]
+    words = pre_tokenizers.Split(Regex(_WORDS), "removed", invert=True)
+    letters_of_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, letters_of_bytes])  # type: ignore[assignment]
     return tokenizer
 
 

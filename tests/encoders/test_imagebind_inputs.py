@@ -1,6 +1,9 @@
 """What ImageBind's trunks are given for pictures, texts and sensors."""
 
+import gzip
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +16,11 @@ from tokenizers.pre_tokenizers import Whitespace
 from anygen.encoders.imagebind_inputs import (
     PIXEL_MEAN,
     PIXEL_STD,
+    clip_tokenizer,
     image_values,
     load_tokenizer,
     sensor_values,
+    thermal_values,
     token_ids,
 )
 from anygen.errors import CheckpointError, MediaError
@@ -88,6 +93,60 @@ def test_sensors_of_another_shape_or_not_finite_are_refused() -> None:
         sensor_values([np.zeros((40, 6))], (6, 40))
     with pytest.raises(MediaError, match="a sample holds NaN or infinity"):
         sensor_values([np.full((6, 40), np.nan)], (6, 40))
+
+
+def test_thermal_pictures_are_grey_and_from_black_to_white() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 8, 3), dtype=np.uint8)
+    picture = Image.fromarray(pixels)
+    values = thermal_values([SimpleNamespace(pil=picture), np.ones((1, 8, 8))], 8)
+    grey = np.asarray(picture.convert("L"))[2:10]
+    torch.testing.assert_close(values[0, 0], torch.from_numpy(grey.copy()).float() / 255)
+    torch.testing.assert_close(values[1], torch.ones(1, 8, 8))
+    scaled = np.asarray(picture.convert("L").resize((4, 6), Image.Resampling.BICUBIC))[1:5]
+    torch.testing.assert_close(
+        thermal_values([SimpleNamespace(pil=picture)], 4)[0, 0], torch.from_numpy(scaled.copy()).float() / 255
+    )
+    with pytest.raises(MediaError, match=r"a sample of shape \[1, 8, 8\] is wanted, got \[8, 8\]"):
+        thermal_values([np.ones((8, 8))], 8)
+
+
+MERGES = ["d o", "do g</w>", "a n", "an d</w>", "! !</w>", "Ã ©</w>", "1 2</w>", "' s</w>"]
+
+
+def merge_list(path: Path, *, packed: bool) -> Path:
+    text = "\n".join(["#version: 0.2", *MERGES, "n o"]) + "\n"  # one merge more than is taken
+    path.write_bytes(gzip.compress(text.encode()) if packed else text.encode())
+    return path
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_clip_s_vocabulary_gives_what_transformers_clip_tokenizer_gives(tmp_path: Path, packed: bool) -> None:
+    from transformers import CLIPTokenizer
+
+    ours = clip_tokenizer(merge_list(tmp_path / "bpe.txt.gz", packed=packed), 514 + len(MERGES))
+    merges: Any = [tuple(merge.split()) for merge in MERGES]
+    theirs = CLIPTokenizer(vocab=ours.get_vocab(), merges=merges)
+    for text in ("A Dog and  the dog's café!!", "12 dogs, 1 cat\n...", "日本 I'll <and> DON'T"):
+        wanted = theirs(text, add_special_tokens=False)["input_ids"]
+        assert ours.encode(text, add_special_tokens=False).ids == wanted
+    size = ours.get_vocab_size()
+    assert (ours.token_to_id("!"), ours.token_to_id("!</w>"), ours.token_to_id("do")) == (0, 256, 512)
+    ids = token_ids(ours, ["dog"], 4).tolist()
+    assert ids == [[size - 2, 513, size - 1, 0]]
+    ours.save(str(tmp_path / "tokenizer.json"))
+    assert token_ids(load_tokenizer(tmp_path / "tokenizer.json", size), ["dog"], 4).tolist() == ids
+
+
+def test_a_vocabulary_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="the vocabulary .*nowhere is missing"):
+        clip_tokenizer(tmp_path / "nowhere", 520)
+    path = merge_list(tmp_path / "bpe.txt", packed=False)
+    with pytest.raises(CheckpointError, match=r"bpe.txt has 9 merges, 486 are wanted"):
+        clip_tokenizer(path, 1000)
+    for spoilt in (b"\x1f\x8bno", b"#version\none\ntwo", b"\xff\xfe\xff"):
+        path.write_bytes(spoilt)
+        with pytest.raises(CheckpointError, match="bpe.txt is not a list of merges"):
+            clip_tokenizer(path, 516)
 
 
 def test_a_tokenizer_is_read(tmp_path: Path) -> None:
