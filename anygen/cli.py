@@ -83,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_eval(commands)
     _add_data(commands)
+    _add_convert(commands)
     return parser
 
 
@@ -169,6 +170,25 @@ def _add_data(commands: Any) -> None:
     build = _command(actions, "build", "builds a dataset from its packages", "anygen.cli_train:build_data")
     build.add_argument("name", metavar="NAME", help="icons, animations or sounds")
     build.add_argument("--out", metavar="DIR", required=True, help="where it goes")
+
+
+def _add_convert(commands: Any) -> None:
+    what = "imports a published checkpoint"
+    command = commands.add_parser("convert", help=what, description=f"{what[0].upper()}{what[1:]}.")
+    kinds = command.add_subparsers(metavar="KIND", required=True)
+    nextgpt = _command(kinds, "nextgpt", "NExT-GPT v1 or v2 -> a model", "anygen.cli_convert:nextgpt")
+    nextgpt.add_argument("checkpoint", metavar="CKPT", help="pytorch_model.pt, or the directory of a checkpoint")
+    nextgpt.add_argument("--llm", metavar="NAME_OR_DIR", help="the LLM that was tuned (default for v2: Vicuna 7B v1.5)")
+    nextgpt.add_argument(
+        "--encoder", metavar="NAME_OR_DIR", default="imagebind-huge", help="the ImageBind (default: %(default)s)"
+    )
+    nextgpt.add_argument("--lora-alpha", metavar="N", type=_count, default=32, help="of v1's LoRA (default: 32)")
+    imagebind = _command(kinds, "imagebind", "ImageBind's release -> an encoder", "anygen.cli_convert:imagebind")
+    imagebind.add_argument("checkpoint", metavar="CKPT", help="imagebind_huge.pth, or the directory that holds it")
+    imagebind.add_argument("--vocabulary", metavar="FILE", help="bpe_simple_vocab_16e6.txt.gz, for texts")
+    for kind in (nextgpt, imagebind):
+        kind.add_argument("--out", metavar="DIR", required=True, help="where it goes")
+        kind.add_argument("--overwrite", action="store_true", help="replaces what was converted there before")
 
 
 def _add_model(command: argparse.ArgumentParser) -> None:

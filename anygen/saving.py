@@ -52,8 +52,13 @@ def save_model(
 
 
 @contextmanager
-def replacing(directory: Path, *, overwrite: bool) -> Iterator[Path]:
+def replacing(directory: Path, *, overwrite: bool, holds: str = CONFIG) -> Iterator[Path]:
     """Yields a temporary directory that becomes `directory` on leaving; on any exception it is deleted.
+
+    Args:
+        directory: new, empty, or with `overwrite` one that may be replaced.
+        overwrite: replaces it.
+        holds: the file by which one that may be replaced is known.
 
     Raises:
         OutputError: as `save_model`.
@@ -61,7 +66,7 @@ def replacing(directory: Path, *, overwrite: bool) -> Iterator[Path]:
     if directory.is_dir() and any(directory.iterdir()):
         if not overwrite:
             raise OutputError(f"{directory} is not empty; choose another directory, or pass overwrite=True")
-        if not (directory / CONFIG).is_file():
+        if not (directory / holds).is_file():
             raise OutputError(f"{directory} is not empty and holds no model, so it is not replaced")
     make_directory(directory)
     temporary = directory.with_name(f".{directory.name}.{secrets.token_hex(4)}.tmp")

@@ -166,12 +166,15 @@ def test_bad_input_is_one_line_and_exit_code_2(run: Run, arguments: list[str], m
         (["generate", "x", "--steps", "0"], "argument --steps: '0' is not a whole number above 0"),
         (["generate", "x", "--guidance", "much"], "argument --guidance: 'much' is not a number"),
         (["generate", "Draw", "a", "cat"], "unrecognized arguments: a cat"),
-        (["generat"], "invalid choice: 'generat' (choose from 'generate', 'chat', 'info', 'train', 'eval', 'data')"),
+        (["generat"], "invalid choice: 'generat' (choose from 'generate', 'chat', 'info', 'train', 'eval', 'data',"),
         ([], "the following arguments are required: COMMAND"),
         (["data"], "the following arguments are required: ACTION"),
         (["data", "build", "icons"], "the following arguments are required: --out"),
         (["train"], "the following arguments are required: RECIPE.yaml"),
-        (["convert"], "invalid choice: 'convert'"),
+        (["convert"], "anygen convert: the following arguments are required: KIND"),
+        (["convert", "gpt", "a", "--out", "b"], "invalid choice: 'gpt' (choose from 'nextgpt', 'imagebind')"),
+        (["convert", "nextgpt", "a"], "the following arguments are required: --out"),
+        (["convert", "nextgpt", "a", "--out", "b", "--lora-alpha", "0"], "'0' is not a whole number above 0"),
     ],
 )
 def test_bad_use_is_one_line_and_exit_code_2(run: Run, arguments: list[str], message: str) -> None:
