@@ -1,3 +1,4 @@
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,27 @@ def test_a_folder_with_clap_and_a_bare_gpt2_is_read(tmp_path: Path, tiny_audiold
         torch.testing.assert_close(loaded.unconditional[name], generator.unconditional[name])
         one, other = (part.encode_text(CAPTIONS).tensors[name] for part in (loaded, generator))
         torch.testing.assert_close(one, other)
+
+
+def test_a_published_folder_that_names_gpt2model_is_read_with_all_its_weights(
+    generator: AudioLDM2Generator, tmp_path: Path
+) -> None:
+    from transformers import GPT2LMHeadModel
+
+    generator.save_pretrained(tmp_path)
+    bare = generator.text.language_model.transformer
+    bare.save_pretrained(tmp_path / "language_model")
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    index["language_model"] = ["transformers", "GPT2Model"]
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    assert json.loads((tmp_path / "language_model" / "config.json").read_text())["architectures"] == ["GPT2Model"]
+    loaded = AudioLDM2Generator.from_pretrained(tmp_path).text.language_model
+    assert isinstance(loaded, GPT2LMHeadModel)
+    ours, theirs = loaded.transformer.state_dict(), bare.state_dict()
+    assert set(ours) == set(theirs)
+    for name, weight in theirs.items():
+        assert torch.equal(ours[name], weight), name
+    assert loaded.lm_head.weight is loaded.transformer.wte.weight  # which the file has, so that nothing is random
 
 
 def test_no_text_encoder_is_loaded_to_generate(generator: AudioLDM2Generator, tmp_path: Path) -> None:
