@@ -12,9 +12,13 @@ Make = Callable[[str], Any]
 
 @pytest.fixture(scope="session")
 def tiny_pipeline() -> Make:
-    """Makes a pipeline of a declared generator, by its name after `diffusers/`; complete, in evaluation mode."""
+    """Makes a pipeline of a declared generator, by its name after `diffusers/`; complete, in evaluation mode.
+
+    `stable_diffusion_2` is the second version of `stable_diffusion`.
+    """
     makers: dict[str, Callable[[], dict[str, Any]]] = {
         "stable_diffusion": _stable_diffusion,
+        "stable_diffusion_2": _stable_diffusion_2,
         "sdxl": _sdxl,
         "sd3": _sd3,
         "flux": _flux,
@@ -28,7 +32,7 @@ def tiny_pipeline() -> Make:
         from anygen.registry import lookup
 
         torch.manual_seed(0)
-        spec = lookup("generator", f"diffusers/{name}").spec
+        spec = lookup("generator", f"diffusers/{name.removesuffix('_2')}").spec
         parts = makers[name]()
         for part in parts.values():
             if isinstance(part, torch.nn.Module):
@@ -49,12 +53,12 @@ def _tokenizer(context: int = 10) -> Any:
     return train_tokenizer(CAPTIONS, vocab_size=300, context=context)
 
 
-def _clip(tokenizer: Any, *, projection: int | None = None) -> Any:
+def _clip(tokenizer: Any, *, projection: int | None = None, width: int = 16) -> Any:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=16,
+        hidden_size=width,
         intermediate_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,
@@ -131,6 +135,16 @@ def _stable_diffusion() -> dict[str, Any]:
         "tokenizer": tokenizer,
         "requires_safety_checker": False,
     } | absent
+
+
+def _stable_diffusion_2() -> dict[str, Any]:
+    """A wider text encoder, and velocity."""
+    parts = _stable_diffusion()
+    return parts | {
+        "unet": _unet(cross_attention_dim=24, use_linear_projection=True),
+        "text_encoder": _clip(parts["tokenizer"], width=24),
+        "scheduler": _ddim(prediction_type="v_prediction"),
+    }
 
 
 def _sdxl() -> dict[str, Any]:

@@ -108,6 +108,31 @@ def test_what_is_made_equals_a_plain_call_with_the_captions(
     np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=0)
 
 
+def test_stable_diffusion_2_is_the_same_declaration(tiny_pipeline: Make, tmp_path: Path) -> None:
+    pipeline = tiny_pipeline("stable_diffusion_2")
+    pipeline.save_pretrained(tmp_path)
+    generator = lookup("generator", "diffusers/stable_diffusion").from_pretrained(tmp_path, steps=2)
+    assert generator.condition_spec.shapes == {"prompt_embeds": (10, 24)}
+    ours = generator.sample(generator.encode_text(CAPTIONS), [5, 6], None, 4.0)
+    theirs = plain(pipeline, "stable_diffusion", CAPTIONS, [5, 6])
+    np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("scheduler", "calls"), [("PNDM", 5), ("EulerAncestralDiscrete", 4), ("HeunDiscrete", 7)])
+def test_published_schedulers_draw_from_each_samples_own_seed(scheduler: str, calls: int, tiny_pipeline: Make) -> None:
+    import diffusers
+
+    generator = lookup("generator", "diffusers/sdxl")(tiny_pipeline("sdxl"))
+    cls: Any = getattr(diffusers, f"{scheduler}Scheduler")
+    options = {"skip_prk_steps": True} if scheduler == "PNDM" else {}
+    generator.pipeline.scheduler = cls(beta_schedule="scaled_linear", steps_offset=1, **options)
+    condition, seen = generator.encode_text([*CAPTIONS, ""]), []
+    together = generator.sample(condition, [1, 2, 3], 4, on_step=lambda done, total: seen.append((done, total)))
+    assert seen == [(call + 1, calls) for call in range(calls)]  # what the scheduler makes of four steps
+    for row, seed in enumerate((1, 2, 3)):
+        np.testing.assert_allclose(generator.sample(condition[row], [seed], 4)[0], together[row], atol=1e-5, rtol=0)
+
+
 def test_conditions_are_the_outputs_of_encode_prompt(generators: Get, tiny_pipeline: Make) -> None:
     asked: dict[str, dict[str, Any]] = {
         "stable_diffusion": {"device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": False},
