@@ -11,6 +11,8 @@ LIMIT = 300
 """Seconds a cell may take on a busy machine before the kernel is stopped."""
 PARAMETERS = {"STEPS": "1"}
 """What the test puts into the cell tagged "parameters": one step is enough."""
+SHOWS = {"02_any_to_any": ("<video", "<audio"), "03_what_the_model_sees": ("<svg", "<audio")}
+"""Notebook -> what it shows beside pictures."""
 
 
 def test_there_are_notebooks() -> None:
@@ -22,6 +24,8 @@ def test_a_notebook_runs(path: Path, embedded_default: Path, tmp_path: Path, mon
     import nbformat
     from nbclient import NotebookClient
 
+    if path.stem in SHOWS and (lacks := sorted({"video", "audio"} - set(_outputs(embedded_default)))):
+        pytest.skip(f"the embedded default of this checkout makes no {' and no '.join(lacks)}")
     notebook = nbformat.read(path, as_version=4)
     parameters = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
     for name, value in PARAMETERS.items():
@@ -35,7 +39,8 @@ def test_a_notebook_runs(path: Path, embedded_default: Path, tmp_path: Path, mon
     said = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     grumbles = [output.text for output in said if output.get("name") == "stderr" and output.text.strip()]
     assert not [text for text in grumbles if "IProgress not found" not in text]  # that one is tqdm's, about Jupyter
-    assert any("<img" in output.get("data", {}).get("text/html", "") for output in said)
+    shown = "".join(output.get("data", {}).get("text/html", "") for output in said)
+    assert [tag for tag in ("<img", *SHOWS.get(path.stem, ())) if tag not in shown] == []
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -44,3 +49,9 @@ def test_a_notebook_is_kept_without_what_it_printed(path: Path) -> None:
 
     cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
     assert not [cell for cell in cells if cell.outputs or cell.execution_count is not None]
+
+
+def _outputs(directory: Path) -> list[str]:
+    from anygen.model_config import AnyGenConfig
+
+    return list(AnyGenConfig.load(directory / "anygen.json").outputs)
