@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from anygen import __version__
-from anygen.errors import AnyGenError, MediaWarning
+from anygen.errors import AnyGenError, LicenceWarning, MediaWarning
 
 _SEEDS = 2**63
 
@@ -58,7 +58,8 @@ def _calm_libraries() -> None:
     if sys.warnoptions:
         return
     warnings.simplefilter("ignore")
-    warnings.simplefilter("always", MediaWarning)
+    for category in (MediaWarning, LicenceWarning):
+        warnings.simplefilter("always", category)
     warnings.showwarning = lambda message, *_, **__: print(f"anygen: warning: {message}", file=sys.stderr)
 
 
@@ -136,7 +137,11 @@ def _add_info(commands: Any) -> None:
         "parts, sizes, licences and modalities of a model, or what anygen wrote into a file",
         "anygen.cli_info:info",
     )
-    command.add_argument("what", metavar="MODEL|FILE", nargs="?", help="a model's name or directory, or a saved file")
+    command.add_argument(
+        "what", metavar="MODEL|PRESET|FILE", nargs="?", help="a model's name or directory, a preset, or a saved file"
+    )
+    command.add_argument("--presets", action="store_true", help="list the presets, recipes for full-size models")
+    command.add_argument("--memory", action="store_true", help="the memory that a preset needs, at each precision")
     command.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
 
 

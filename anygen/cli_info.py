@@ -1,17 +1,31 @@
-"""`anygen info`: a model's parts, or what anygen wrote into a file that it saved."""
+"""`anygen info`: a model's parts, a preset's, or what anygen wrote into a file that it saved."""
 
 import argparse
 import json
 from pathlib import Path
 
-from anygen.errors import CheckpointError, MediaError
+from anygen.errors import CheckpointError, ConfigError, MediaError
 
 
 def info(options: argparse.Namespace) -> int:
     """Runs the command."""
     what = options.what
+    if options.presets:
+        if what is not None or options.memory:
+            raise ConfigError("--presets lists them all; leave out the name and --memory")
+        from anygen.cli_presets import list_presets
+
+        return list_presets(as_json=options.json)
     if what is not None and Path(what).is_file():
         return _file(Path(what), as_json=options.json)
+    from anygen.presets import PRESETS
+
+    if what in PRESETS and not Path(what).is_dir():
+        from anygen.cli_presets import show_preset
+
+        return show_preset(PRESETS[what], memory=options.memory, as_json=options.json)
+    if options.memory:
+        raise ConfigError(f"--memory is told of presets: {', '.join(PRESETS)}")
     from anygen import hub
     from anygen.model_info import describe
 

@@ -28,6 +28,10 @@ class MediaWarning(UserWarning):
     """Only a part of what a file holds is used, such as the first frame of an animation."""
 
 
+class LicenceWarning(UserWarning):
+    """A part that is loaded must not be used commercially."""
+
+
 class OutputError(AnyGenError, OSError):
     """A file cannot be written, or exists already and was not to be replaced."""
 

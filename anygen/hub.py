@@ -2,23 +2,28 @@
 
 A name is, in this order: the embedded default, a package that anygen pins, a local directory, or a repository of
 the Hugging Face hub ("org/name" or "org/name@revision"). What is fetched stays in a cache (`environment.py`).
+A preset (`presets.py`) is no model; `fetch_parts` gives the directories of what it is made of.
 """
 
 import os
 import re
 import sys
+import warnings
+from collections.abc import Mapping
 from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
 
 from anygen.environment import home, is_offline
-from anygen.errors import HubError
+from anygen.errors import HubError, LicenceWarning
 from anygen.files import is_disk_full
 from anygen.manifest import NAME as MANIFEST
 from anygen.manifest import verify, write_manifest
+from anygen.preset_parts import Part
+from anygen.presets import GIB, PRESETS, Preset, get
 from anygen.wheels import PACKAGES, install
 
-__all__ = ["DEFAULT", "PACKAGES", "home", "is_offline", "known", "resolve", "verify", "write_manifest"]
+__all__ = ["DEFAULT", "PACKAGES", "fetch_parts", "home", "is_offline", "known", "resolve", "verify", "write_manifest"]
 
 DEFAULT = "anygen-mini"
 """The model that ships inside the package."""
@@ -26,6 +31,8 @@ DEFAULT = "anygen-mini"
 _HUB_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*"]
 """What is fetched of a repository: no pickles, no code."""
+_warned: set[str] = set()
+"""Presets whose licences were told of."""
 
 
 def resolve(name_or_dir: str | os.PathLike[str] | None = None, *, progress: bool | None = None) -> Path:
@@ -53,12 +60,14 @@ def resolve(name_or_dir: str | os.PathLike[str] | None = None, *, progress: bool
         raise HubError(f"the model directory {name} {what}")
     elif parts := _HUB_NAME.fullmatch(name):
         return _from_hub(parts["repo"], parts["revision"], progress)
+    elif name in PRESETS:
+        raise HubError(_only_a_recipe(PRESETS[name]))
     else:
-        near = get_close_matches(name, known(), n=1)
+        near = get_close_matches(name, [*known(), *PRESETS], n=1)
         hint = f" (did you mean '{near[0]}'?)" if near else ""
         raise HubError(
             f"there is no model '{name}'{hint}; known: {', '.join(known())}, a directory, "
-            "or a repository of the Hugging Face hub (org/name)"
+            f"or a repository of the Hugging Face hub (org/name); presets to train: {', '.join(PRESETS)}"
         )
     if (found / MANIFEST).exists():
         verify(found)
@@ -68,6 +77,75 @@ def resolve(name_or_dir: str | os.PathLike[str] | None = None, *, progress: bool
 def known() -> list[str]:
     """The names that need no directory and no repository."""
     return [DEFAULT, *PACKAGES]
+
+
+def fetch_parts(preset: str, *, progress: bool | None = None) -> dict[str, Path]:
+    """The directories of a preset's parts, fetched where that is needed.
+
+        >>> hub.fetch_parts("qwen3-4b")["LLM"]
+
+    Warns (LicenceWarning), once a preset, of parts that must not be used commercially.
+
+    Args:
+        preset: its name.
+        progress: None shows bars on stderr if that is a terminal.
+
+    Returns:
+        "LLM", "encoder", "image generator", … -> directory.
+
+    Raises:
+        ConfigError: there is no such preset.
+        HubError: parts are missing that nobody but the user can make, or that cannot be fetched as the network is
+            forbidden; names all of them with their sizes and what to do. Or a part cannot be fetched.
+    """
+    recipe = get(preset)
+    found = {role: where for role, part in recipe.parts.items() if (where := _cached(part)) is not None}
+    absent = {role: part for role, part in recipe.parts.items() if role not in found}
+    if out_of_reach := {r: p for r, p in absent.items() if is_offline() or p.directory is not None}:
+        raise HubError(_missing(recipe, out_of_reach))
+    barred = [f"{r} {p.title} ({p.licence or 'licence unknown'})" for r, p in recipe.parts.items() if p.non_commercial]
+    if barred and preset not in _warned:
+        _warned.add(preset)
+        told = f"{preset} has parts that must not be used commercially: {', '.join(barred)}"
+        warnings.warn(told, LicenceWarning, stacklevel=2)
+    found |= {role: _from_hub(part.repo, part.revision, progress) for role, part in absent.items()}
+    return {role: found[role] for role in recipe.parts}
+
+
+def _cached(part: Part) -> Path | None:
+    """Where a part lies on this machine."""
+    if part.directory is not None:
+        return Path(part.directory) if Path(part.directory).is_dir() else None
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(part.repo, revision=part.revision, local_files_only=True))
+    except (OSError, ValueError):
+        return None
+    return folder if any(folder.rglob("*.safetensors")) else None  # not if only its configuration was fetched
+
+
+def _missing(preset: Preset, parts: Mapping[str, Part]) -> str:
+    told = []
+    for role, part in parts.items():
+        size = "of unknown size" if part.published is None else f"about {2 * part.published / GIB:.1f} GiB in bf16"
+        pinned = f" --revision {part.revision}" if part.revision else ""
+        how = part.how if part.directory is not None else f"hf download {part.repo}{pinned}"
+        accept = "; accept its terms first, and log in with `hf auth login`" if part.gated else ""
+        told.append(f"({len(told) + 1}) {role} {part.directory or part.repo}, {size}: {how}{accept}")
+    why = "; ANYGEN_OFFLINE or HF_HUB_OFFLINE is set, so nothing is fetched" if is_offline() else ""
+    return f"{preset.name} lacks {len(parts)} of its {len(preset.parts)} parts{why}. Get them once: {'. '.join(told)}"
+
+
+def _only_a_recipe(preset: Preset) -> str:
+    weights = ""
+    if preset.converter is not None:
+        command = f"anygen convert {preset.converter} CKPT --out DIR"
+        weights = f", or import a trained checkpoint (`{command}`) and pass that directory"
+    return (
+        f"'{preset.name}' is a preset: a recipe of published parts, whose projectors are not trained, so it cannot "
+        f"answer. Train them (docs/presets.md){weights}; `anygen info {preset.name}` lists the parts"
+    )
 
 
 def _embedded() -> Path:

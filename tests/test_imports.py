@@ -30,6 +30,9 @@ GROUND = {
     "anygen.media_base",
     "anygen.messages",
     "anygen.metadata",
+    "anygen.model_config",
+    "anygen.preset_parts",
+    "anygen.presets",
     "anygen.progress",
     "anygen.registry",
     "anygen.smollm2",
@@ -128,7 +131,15 @@ def test_imports_are_absolute_and_name_the_package(module: str) -> None:
     assert bare == set(), "import these as anygen.<folder>"
 
 
-LIGHT = ["anygen", "anygen.cli", "anygen.hub", "anygen.media", "anygen.messages", "anygen.registry"]
+LIGHT = [
+    "anygen",
+    "anygen.cli",
+    "anygen.hub",
+    "anygen.media",
+    "anygen.messages",
+    "anygen.presets",
+    "anygen.registry",
+]
 
 
 def test_the_light_modules_import_nothing_heavy() -> None:

@@ -191,7 +191,8 @@ def test_an_unknown_model_lists_the_known_ones(run: Run, command: str) -> None:
     assert (code, out) == (2, "")
     assert error == (
         "anygen: there is no model 'anygen-mni' (did you mean 'anygen-mini'?); known: anygen-mini, "
-        "smollm2-135m-instruct, a directory, or a repository of the Hugging Face hub (org/name)\n"
+        "smollm2-135m-instruct, a directory, or a repository of the Hugging Face hub (org/name); presets to train: "
+        "nextgpt-7b-v1, nextgpt-7b, smollm3-3b, qwen3-4b, llama-3-8b\n"
     )
 
 

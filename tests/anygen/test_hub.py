@@ -49,7 +49,8 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
         resolve("anygen-mimi")
     assert str(raised.value) == (
         "there is no model 'anygen-mimi' (did you mean 'anygen-mini'?); known: anygen-mini, smollm2-135m-instruct, "
-        "a directory, or a repository of the Hugging Face hub (org/name)"
+        "a directory, or a repository of the Hugging Face hub (org/name); presets to train: nextgpt-7b-v1, "
+        "nextgpt-7b, smollm3-3b, qwen3-4b, llama-3-8b"
     )
     with pytest.raises(HubError, match="there is no model ''; known: "):
         resolve("")
