@@ -82,8 +82,6 @@ def known() -> list[str]:
 def fetch_parts(preset: str, *, progress: bool | None = None) -> dict[str, Path]:
     """The directories of a preset's parts, fetched where that is needed.
 
-        >>> hub.fetch_parts("qwen3-4b")["LLM"]
-
     Warns (LicenceWarning), once a preset, of parts that must not be used commercially.
 
     Args:
