@@ -9,6 +9,7 @@ chat.history
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from anygen.decoding import Kept
 from anygen.messages import Message, TextPart, parse, parse_one
 from anygen.reply import Reply
 from anygen.streaming import Event, Finished
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Chat:
-    """Made by `pipe.chat()`.
+    """Made by `pipe.chat()`. Of each turn the LLM reads what is new alone; it answers as if it had read all.
 
         >>> chat = pipe.chat(seed=3)
         >>> chat.send("Hello!").images
@@ -42,6 +43,7 @@ class Chat:
         if self._start:
             parse(self._start)  # an empty system message is refused here, not at the first answer
         self.history: list[Message] = list(self._start)
+        self._kept = Kept()
 
     def send(self, prompt: object, **options: Any) -> Reply:
         """Says something and returns the answer; what went wrong leaves no trace in the history.
@@ -54,19 +56,20 @@ class Chat:
             AnyGenError: as a call.
         """
         said = self._parsed(prompt)
-        reply = self.pipeline([*self.history, *said], **self.options | options)
+        reply = self.pipeline([*self.history, *said], kept=self._kept, **self.options | options)
         self._remember(said, reply)
         return reply
 
     def stream(self, prompt: object, **options: Any) -> Iterator[Event]:
         """As `send`, event by event; remembered once it is finished."""
         said = self._parsed(prompt)
-        events = self.pipeline.stream([*self.history, *said], **self.options | options)
+        events = self.pipeline.stream([*self.history, *said], kept=self._kept, **self.options | options)
         return self._listening(events, said)
 
     def reset(self) -> None:
         """Forgets all but the system message."""
         self.history = list(self._start)
+        self._kept.clear()
 
     def _parsed(self, prompt: object) -> list[Message]:
         return parse_one(prompt, limits=self.pipeline.limits, allow_urls=self.pipeline.allow_urls)

@@ -15,22 +15,26 @@ row 1, says a word         .        .        .      "red"       position  7
 Shapes: B rows of the batch, T columns, V vocabulary, R new tokens, S signal tokens of a run, D LLM width.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, cast
+from itertools import chain
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
 
 from anygen.config import Config
+from anygen.detokenizer import Detokenizer
 from anygen.errors import ConfigError, MessageError
-from anygen.model import AnyGenModel, MediaInput, positions
-from anygen.prompts import Prompt, pad
+from anygen.model import AnyGenModel, MediaInput
+from anygen.prompts import Prompt
+from anygen.rows import SCORES, DynamicRows, Kept, Rows, column_keys
+from anygen.static_rows import StaticRows
 
-if TYPE_CHECKING:
-    from transformers import DynamicCache, PreTrainedTokenizerBase
+__all__ = ["Detokenizer", "DecodingConfig", "DecodingStats", "Kept", "check_fits", "collect", "decode"]
 
+ROOM = 256
+"""Columns that static memory has for an answer at first; it grows where that is too short."""
 Route = Literal["words", "media"]
 
 
@@ -144,6 +148,7 @@ def decode(
     seeds: Sequence[int] | None = None,
     drawable: Collection[str] | None = None,
     stats: DecodingStats | None = None,
+    kept: Kept | None = None,
 ) -> Iterator[Event]:
     """Answers prompts, event by event as they happen; the events of one sample are in order.
 
@@ -155,6 +160,7 @@ def decode(
         seeds: one a prompt, needed if tokens are drawn; a sample's draw does not depend on its batch.
         drawable: the output modalities that may be used; all by default.
         stats: counts up while events are taken.
+        kept: of the conversation's last turn, for one prompt; what of it comes again is not read again.
 
     Raises:
         MessageError: a prompt leaves no room for an answer in the LLM's context.
@@ -168,7 +174,7 @@ def decode(
     speakers = [
         _Speaker(model, sample, config, seed=seed, drawable=drawable, stats=stats) for sample, seed in enumerate(drawn)
     ]
-    return _decode(model, prompts, media, config, speakers, stats)
+    return _decode(model, prompts, media, config, speakers, stats, kept)
 
 
 def check_fits(model: AnyGenModel, prompts: Sequence[Prompt]) -> None:
@@ -194,15 +200,19 @@ def _decode(
     config: DecodingConfig,
     speakers: "list[_Speaker]",
     stats: DecodingStats,
+    kept: Kept | None,
 ) -> Iterator[Event]:
     if not prompts:
         return
     routes: list[Route] = ["words"] * len(prompts)
     batch = None
     routed = model.settings.routes
+    if len(prompts) > 1:
+        kept = None
     if config.route != "words":
-        batch = _Batch(model, stats, adapted=True)
-        batch.read([prompt.ids for prompt in prompts], media)
+        keys = column_keys(model, prompts[0]) if kept is not None else ()
+        batch = _Batch(model, config, stats, adapted=True, kept=kept)
+        batch.read([prompt.ids for prompt in prompts], media, keys)
         preferred = batch.routes()
         for row, prompt in enumerate(prompts):
             routes[row] = config.route or ("media" if prompt.holds_media or not routed else preferred[row])
@@ -210,30 +220,35 @@ def _decode(
         yield Routed(row, route)
     spoken = [row for row, route in enumerate(routes) if route == "words"]
     shown = [row for row, route in enumerate(routes) if route == "media"]
-    if batch is not None and shown:
-        batch.keep(shown)
-        if routed:
-            batch.feed([[model.signal_tokens.media_id]] * len(shown))
-        yield from _speak(batch, [speakers[row] for row in shown])
+    if batch is not None:
+        with batch:
+            if shown:
+                batch.keep(shown)
+                if routed:
+                    batch.feed([[model.signal_tokens.media_id]] * len(shown))
+                yield from _speak(batch, [speakers[row] for row in shown])
     if spoken:
-        batch = _Batch(model, stats, adapted=False)
-        batch.read([prompts[row].base_ids for row in spoken], None)
-        yield from _speak(batch, [speakers[row] for row in spoken])
+        batch = _Batch(model, config, stats, adapted=False, kept=kept)
+        with batch:
+            batch.read([prompts[row].base_ids for row in spoken], None, prompts[spoken[0]].base_ids)
+            yield from _speak(batch, [speakers[row] for row in spoken])
 
 
 def _speak(batch: "_Batch", speakers: "list[_Speaker]") -> Iterator[Event]:
     """The loop: choose one token a row, let rows that are done leave, feed the others' tokens or runs."""
     while speakers:
         chosen = batch.choose(speakers)
-        for speaker, token, place in zip(speakers, chosen, batch.next.tolist(), strict=True):
-            yield from speaker.take(token, place)
+        told = [speaker.take(token, place) for speaker, token, place in zip(speakers, chosen, batch.next, strict=True)]
+        if not batch.asynchronous:
+            yield from chain.from_iterable(told)
         speakers = batch.leave(speakers)
-        if not speakers:
-            return
-        hidden = batch.feed([speaker.pending for speaker in speakers])
-        for row, speaker in enumerate(speakers):
-            yield from speaker.show(hidden[row])
-        speakers = batch.leave(speakers)
+        hidden = batch.feed([speaker.pending for speaker in speakers]) if speakers else None
+        if batch.asynchronous:  # words are spelt out while the device works on the next ones
+            yield from chain.from_iterable(told)
+        if hidden is not None:
+            for row, speaker in enumerate(speakers):
+                yield from speaker.show(hidden[row])
+            speakers = batch.leave(speakers)
 
 
 def collect(events: Iterable[Event], count: int) -> list[Answer]:
@@ -257,65 +272,70 @@ def collect(events: Iterable[Event], count: int) -> list[Answer]:
 
 
 class _Batch:
-    """Rows that go through the LLM together: their cache, what of it each row may see, and its next position."""
+    """Rows that go through the LLM together, counted; entered, it is left in order however it ends."""
 
-    def __init__(self, model: AnyGenModel, stats: DecodingStats, *, adapted: bool) -> None:
-        self.model, self.stats, self.adapted = model, stats, adapted
-        self.cache = None
-        self.mask = torch.zeros(0)
-        self.next = torch.zeros(0)
-        self.last = torch.zeros(0)
-        """float[B, D], the state from which the next token is chosen."""
+    def __init__(
+        self, model: AnyGenModel, config: DecodingConfig, stats: DecodingStats, *, adapted: bool, kept: Kept | None
+    ) -> None:
+        self.model, self.config, self.stats, self.adapted, self.kept = model, config, stats, adapted, kept
+        self.rows: Rows
 
-    @torch.inference_mode()
-    def read(self, prompts: Sequence[Sequence[int]], media: Mapping[str, MediaInput] | None) -> None:
-        """Reads the prompts, left padded so that all end in the last column."""
-        ids, mask = (tensor.to(self.model.device) for tensor in pad(prompts, 0, left=True))
-        self.mask = mask
-        self.next = mask.sum(1)
-        self.last = self._run(self.model.embed(ids, media), positions(mask))[:, -1]
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self.rows.leave(self.kept if kind is None else None)
+
+    @property
+    def next(self) -> list[int]:
+        return self.rows.next
+
+    @property
+    def asynchronous(self) -> bool:
+        return self.rows.asynchronous
+
+    def read(
+        self, prompts: Sequence[Sequence[int]], media: Mapping[str, MediaInput] | None, keys: Sequence[Hashable]
+    ) -> None:
+        """Reads the prompts; `keys` are those of a single one's columns."""
+        model = self.model
+        if model.memories is None:
+            self.rows = DynamicRows(model, adapted=self.adapted, kept=self.kept, keys=keys)
+        else:
+            longest, runs = max(map(len, prompts)), model.signal_tokens.runs.values()
+            room = min(self.config.max_new_tokens, ROOM) + max(map(len, runs), default=0) + 1
+            self.rows = StaticRows(
+                model.memories, len(prompts), longest, room, adapted=self.adapted, kept=self.kept, keys=keys
+            )
+        self.rows.read(prompts, media)
         self.stats.prompt_passes += 1
 
-    @torch.inference_mode()
     def feed(self, pending: Sequence[Sequence[int]]) -> Tensor:
         """Gives each row its tokens, one or a whole run -> float[B, longest, D], right aligned."""
-        ids, real = (tensor.to(self.model.device) for tensor in pad(pending, 0, left=True))
-        self.mask = torch.cat([self.mask, real], dim=1)
-        places = self.next.unsqueeze(1) + positions(real)
-        self.next = self.next + real.sum(1)
-        hidden = self._run(self.model.embed(ids), places)
-        self.last = hidden[:, -1]
         self.stats.passes += 1
-        return hidden
+        return self.rows.feed(pending)
 
-    def _run(self, embeds: Tensor, places: Tensor) -> Tensor:
-        with nullcontext() if self.adapted else self.model.llm.adapter_off():
-            hidden, self.cache = self.model.llm.hidden_states(
-                embeds, attention_mask=self.mask, position_ids=places, cache=self.cache, use_cache=True
-            )
-        return hidden
-
-    @torch.inference_mode()
     def routes(self) -> list[Route]:
         """The likelier route of each row."""
         signals = self.model.signal_tokens
-        routes = torch.tensor([signals.words_id, signals.media_id]) - signals.vocab_size
-        return ["media" if media else "words" for media in signals.logits(self.last)[:, routes].argmax(1).tolist()]
+        words, media = (SCORES + route - signals.vocab_size for route in (signals.words_id, signals.media_id))
+        return ["media" if scores[media] > scores[words] else "words" for scores in self.rows.scores()]
 
-    @torch.inference_mode()
     def choose(self, speakers: "Sequence[_Speaker]") -> list[int]:
         """One token a row; without the adapter only the LLM's own, with it also the first tokens of runs."""
-        logits = self.model.llm.logits(self.last).float()
-        if self.adapted:
-            new = self.model.llm.scale_logits(self.model.signal_tokens.logits(self.last))
-            places = self.next.tolist()
-            barred = torch.stack([speaker.barred(place) for speaker, place in zip(speakers, places, strict=True)])
-            logits = torch.cat([logits, new.masked_fill(barred, -torch.inf)], dim=1)
-        best = logits.argmax(1).tolist()
-        return [
-            speaker.draw(row) if speaker.generator else token
-            for speaker, row, token in zip(speakers, logits, best, strict=True)
-        ]
+        chosen = []
+        for row, (speaker, scores) in enumerate(zip(speakers, self.rows.scores(), strict=True)):
+            starts = speaker.starts(self.next[row]) if self.adapted else []
+            new = {start: scores[SCORES + start - speaker.vocab_size] for start in starts}
+            if speaker.generator is not None:
+                chosen.append(speaker.draw(self.rows.logits(row), new))
+                continue
+            best, value = int(scores[1]), scores[0]
+            for start, score in new.items():
+                if score > value:
+                    best, value = start, score
+            chosen.append(best)
+        return chosen
 
     def leave(self, speakers: "list[_Speaker]") -> "list[_Speaker]":
         """Lets the rows that are done go."""
@@ -324,14 +344,9 @@ class _Batch:
             self.keep(alive)
         return [speakers[row] for row in alive]
 
-    @torch.inference_mode()
     def keep(self, rows: Sequence[int]) -> None:
         """Keeps `rows` alone."""
-        if len(rows) == len(self.mask):
-            return
-        index = torch.tensor(rows, device=self.mask.device)
-        cast("DynamicCache", self.cache).batch_select_indices(index)
-        self.mask, self.next, self.last = self.mask[index], self.next[index], self.last[index]
+        self.rows.keep(rows)
 
 
 class _Speaker:
@@ -353,7 +368,7 @@ class _Speaker:
         self.context = model.llm.context_length
         self.runs = {run.start: (modality, list(run)) for modality, run in model.signal_tokens.runs.items()}
         self.vocab_size = model.signal_tokens.vocab_size
-        self.forbidden = model.signal_tokens.forbidden(drawable)
+        self.drawable = drawable
         self.text = Detokenizer(model.llm.tokenizer)
         self.pending: list[int] = []
         self.modality: str | None = None
@@ -361,38 +376,49 @@ class _Speaker:
         self.shown = 0
         self.done = False
 
-    def barred(self, place: int) -> Tensor:
-        """bool[R], the new tokens that may not come at position `place`."""
-        barred = self.forbidden.clone()
-        for start, (_, run) in self.runs.items():
-            if self.shown >= self.config.max_runs or (self.context is not None and place + len(run) > self.context):
-                barred[start - self.vocab_size] = True
-        return barred
+    def starts(self, place: int) -> list[int]:
+        """The first tokens of the runs that may come at position `place`, in order."""
+        if self.shown >= self.config.max_runs:
+            return []
+        return [
+            start
+            for start, (modality, run) in self.runs.items()
+            if (self.drawable is None or modality in self.drawable)
+            and (self.context is None or place + len(run) <= self.context)
+        ]
 
-    def draw(self, logits: Tensor) -> int:
-        """float32[V or V + R] -> a token, drawn on the CPU so that a seed means the same on every device."""
-        weights, order = (logits / self.config.temperature).softmax(0).cpu().sort(descending=True)
+    def draw(self, logits: Tensor, new: Mapping[int, float]) -> int:
+        """float32[V] and the logits of new tokens -> a token, drawn on the CPU so that a seed means the same on
+        every device."""
+        ids = [*range(len(logits)), *new]
+        logits = torch.cat([logits.cpu(), torch.tensor([*new.values()], dtype=torch.float32)])
+        weights, order = (logits / self.config.temperature).softmax(0).sort(descending=True)
         before = weights.cumsum(0) - weights
         weights = weights * (before < self.config.top_p)
-        return int(order[torch.multinomial(weights, 1, generator=self.generator)])
+        return ids[int(order[torch.multinomial(weights, 1, generator=self.generator)])]
 
     def take(self, token: int, place: int) -> Iterator[Event]:
-        """Makes the token chosen for position `place` the next to be fed, or ends the answer."""
+        """Makes the token chosen for position `place` the next to be fed, or ends the answer; the events say so."""
         if token in self.runs:
             self.modality, self.pending = self.runs[token]
             self.said += self.pending
-            yield from self.flush()
-            return
+            return self.flush()
         self.pending = [token]
         self.said.append(token)
         self.stats.text_tokens += 1
+        full = self.context is not None and place + 1 >= self.context
         if token in self.ends:
-            yield from self.end("stop")
-            return
+            self.done = True
+            return self.end("stop")
+        if full or len(self.said) >= self.config.max_new_tokens:
+            self.done = True
+            return self._tell(token, last=True)
+        return self._tell(token, last=False)
+
+    def _tell(self, token: int, *, last: bool) -> Iterator[Event]:
         if delta := self.text.push(token):
             yield TextDelta(self.sample, delta)
-        full = self.context is not None and place + 1 >= self.context
-        if full or len(self.said) >= self.config.max_new_tokens:
+        if last:
             yield from self.end("length")
 
     def show(self, hidden: Tensor) -> Iterator[Event]:
@@ -417,38 +443,3 @@ class _Speaker:
         self.done = True
         yield from self.flush()
         yield End(self.sample, reason, tuple(self.said))
-
-
-class Detokenizer:
-    """Ids, one by one -> text, whole characters only.
-
-    A token may hold a part of a character, and some tokenizers write a token differently at the start of a text.
-    So each new piece is decoded behind the piece before it, and what ends in a broken character waits.
-    """
-
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
-        self.tokenizer = tokenizer
-        self.ids: list[int] = []
-        self.start = self.end = 0  # ids[start:end] is the piece given out last
-
-    def push(self, token: int) -> str:
-        """Adds a token; returns the text that is complete with it, or nothing."""
-        self.ids.append(token)
-        text = self._new()
-        return "" if text.endswith("\ufffd") else self._give(text)
-
-    def flush(self) -> str:
-        """Returns what still waits, without a broken character at its end."""
-        return self._give(self._new()).rstrip("\ufffd")
-
-    def _new(self) -> str:
-        before = self._decode(self.ids[self.start : self.end])
-        return self._decode(self.ids[self.start :])[len(before) :]
-
-    def _give(self, text: str) -> str:
-        if text:
-            self.start, self.end = self.end, len(self.ids)
-        return text
-
-    def _decode(self, ids: list[int]) -> str:
-        return cast(str, self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))

@@ -47,7 +47,8 @@ class LLM(nn.Module):
         self.tokenizer = tokenizer
         parameters = inspect.signature(cast(nn.Module, model.get_decoder()).forward).parameters
         self._takes_positions = "position_ids" in parameters
-        self._cache_name = "cache" if "cache" in parameters else "past_key_values"  # transformers changes the name
+        self.cache_name = "cache" if "cache" in parameters else "past_key_values"
+        """The argument that takes a cache; transformers changes the name."""
         self._scale, self._softcap = _logit_scaling(model)
         self._check_head()
 
@@ -164,10 +165,10 @@ class LLM(nn.Module):
             inputs_embeds=embeds,
             attention_mask=attention_mask,
             use_cache=use_cache or cache is not None,
-            **{self._cache_name: cache},
+            **{self.cache_name: cache},
             **positions,
         )
-        return output.last_hidden_state, output[self._cache_name] if self._cache_name in output else None
+        return output.last_hidden_state, output[self.cache_name] if self.cache_name in output else None
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float[..., D] -> float[..., V], exactly the model's own."""

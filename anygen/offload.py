@@ -103,8 +103,18 @@ class Generators(Mapping[str, Generator]):
         dtype: torch.dtype,
         *,
         offload: str = "auto",
+        prepare: Callable[[Generator], Generator] = lambda generator: generator,
     ) -> "Generators":
         """Those of a model's directory.
+
+        Args:
+            directory: the model's.
+            config: the model's.
+            wanted: output modalities.
+            device: where generators work.
+            dtype: of their weights.
+            offload: the policy.
+            prepare: what is done to each when it was loaded.
 
         Raises:
             ModalityError: the model has no generator for a wanted modality.
@@ -119,7 +129,7 @@ class Generators(Mapping[str, Generator]):
             output = config.outputs[modality]
             find_generator(directory, output.generator.source, fetch=False)
             sources[modality] = GeneratorSource(
-                lambda output=output: load_generator(directory, output, device, dtype),
+                lambda output=output: prepare(load_generator(directory, output, device, dtype)),
                 lambda output=output: weight_bytes(
                     cast(Path, find_generator(directory, output.generator.source)), dtype
                 ),

@@ -14,17 +14,17 @@ from collections.abc import Generator as PythonGenerator
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, cast, overload
+from typing import TYPE_CHECKING, Any, Self, cast, overload
 
 import torch
 
-from anygen import decoding
-from anygen.decoding import DecodingConfig, Run, check_fits, decode
+from anygen.answering import answer_stepwise
+from anygen.decoding import Kept, check_fits
 from anygen.errors import ConfigError, ModalityError
 from anygen.generators.base import Generator
 from anygen.loading import choose_device, choose_dtype, memory, model_directory
 from anygen.media import MediaLimits
-from anygen.messages import Message, TextPart, is_batch, parse_batch, parse_one
+from anygen.messages import is_batch, parse_batch, parse_one
 from anygen.model import AnyGenModel
 from anygen.model_config import AnyGenConfig
 from anygen.offload import Generators, check_offload
@@ -33,18 +33,17 @@ from anygen.planning import (
     asked_for,
     check_making,
     chunks,
-    conditions_of,
     decoding_config,
     places_of,
     plan_batch,
-    read_media,
     seeds_of,
 )
+from anygen.plugins import check_parts
 from anygen.progress import quiet_libraries
-from anygen.prompts import Prompt
 from anygen.rendering import make_all, make_stepwise
-from anygen.reply import MadePart, PlannedPart, Reply, ReplyPart, caption_of
-from anygen.streaming import Event, Finished, MediaStarted, TextDelta
+from anygen.reply import MadePart, PlannedPart, Reply
+from anygen.speed import Speed
+from anygen.streaming import Event
 
 if TYPE_CHECKING:
     from anygen.chat import Chat
@@ -89,6 +88,8 @@ class AnyGenPipeline:
         offload: str | None = None,
         quantization: str | None = None,
         generators: Collection[str] | bool | None = None,
+        compile: bool | str = False,
+        graphs: bool | None = None,
     ) -> Self:
         """Loads a model: the embedded default, a directory, or a name that `hub.resolve` knows.
 
@@ -106,12 +107,16 @@ class AnyGenPipeline:
             quantization: reserved.
             generators: the modalities that may be made; by default all that the model has. False loads none: the
                 pipeline then plans, and another one renders.
+            compile: compiles what repeats in LLM and generators; the first answer then waits for up to a minute, once a
+                machine. "whole" compiles each model at once, which is longer. See `anygen.speed`.
+            graphs: CUDA graphs; by default wherever there is CUDA.
 
         Raises:
             HubError: there is no such model.
             CheckpointError: it is damaged, or is no anygen model.
-            ConfigError: device, dtype or `offload` are unknown or not there, or `quantization` is asked for.
+            ConfigError: device, dtype, `offload` or `compile` are unknown or not there, or `quantization` is asked for.
             ModalityError: the model has no generator for one of `generators`.
+            UnknownComponentError: a part is from a package that is not installed; says which.
         """
         if quantization is not None:
             raise ConfigError(f"quantization is not supported yet, got {quantization!r}; leave it out")
@@ -121,9 +126,12 @@ class AnyGenPipeline:
         directory = model_directory(name_or_dir)
         settings = AnyGenConfig.load(directory / "anygen.json")
         wanted = list(settings.outputs) if generators in (None, True) else list(cast(Any, generators) or ())
-        makers = Generators.of(directory, settings, wanted, chosen, kind, offload=policy)
+        check_parts(settings, generators=bool(wanted))
+        speed = Speed.chosen(chosen, compile=compile, graphs=graphs)
+        makers = Generators.of(directory, settings, wanted, chosen, kind, offload=policy, prepare=speed.apply)
         with quiet_libraries(), memory():
             model = AnyGenModel.from_pretrained(directory, dtype=kind, device=chosen)
+            speed.apply_to_llm(model)
         return cls(model, makers)
 
     def save_pretrained(self, directory: str | Path, *, overwrite: bool = False) -> None:
@@ -191,6 +199,7 @@ class AnyGenPipeline:
         top_p: float = 1.0,
         batch_size: int = 16,
         progress: bool | None = None,
+        kept: Kept | None = None,
     ) -> Reply | list[Reply]:
         """Answers a prompt, or a list of prompts together.
 
@@ -213,6 +222,7 @@ class AnyGenPipeline:
             top_p: draws from the likeliest words that together have this probability.
             batch_size: prompts, and media, that go through together.
             progress: shows bars on stderr; by default if that is a terminal.
+            kept: what a conversation has left of its last turn, so that only what is new is read; for one prompt.
 
         Returns:
             A reply, or for a batch a list of them.
@@ -233,6 +243,7 @@ class AnyGenPipeline:
             temperature=temperature,
             top_p=top_p,
             batch_size=batch_size,
+            kept=kept,
         )
         return self.render(
             plan,
@@ -259,6 +270,7 @@ class AnyGenPipeline:
         temperature: float = 0.0,
         top_p: float = 1.0,
         batch_size: int = 16,
+        kept: Kept | None = None,
     ) -> Reply | list[Reply]:
         """Encoders, LLM and output projectors only: replies whose media parts carry their conditions.
 
@@ -284,6 +296,7 @@ class AnyGenPipeline:
                     drawable=self.drawable,
                     name=self.name,
                     batch_size=batch_size,
+                    kept=kept,
                 )
         return plans if is_batch(prompt) else plans[0]
 
@@ -358,6 +371,7 @@ class AnyGenPipeline:
         max_media: int = 8,
         temperature: float = 0.0,
         top_p: float = 1.0,
+        kept: Kept | None = None,
     ) -> Iterator[Event]:
         """Answers one prompt event by event; a medium is begun as soon as the LLM has asked for it.
 
@@ -379,7 +393,7 @@ class AnyGenPipeline:
         check_fits(self.model, [given])
         chosen = seeds_of(seed, 1)[0]
         making = {"steps": steps, "guidance_scale": guidance_scale, "seconds": seconds}
-        return self._stream(conversation, given, chosen, config, **making)
+        return answer_stepwise(self, conversation, given, chosen, config, kept, **making)
 
     def chat(self, *, system: str | None = None, **options: Any) -> "Chat":
         """A conversation that remembers what was said and shown.
@@ -429,52 +443,9 @@ class AnyGenPipeline:
         with self._using(modality) as generator:
             return make_all(generator, parts, seeds, device=self.device, **options)
 
-    def _make_stepwise(
+    def make_stepwise(
         self, part: PlannedPart, index: int, seed: int, **options: Any
     ) -> PythonGenerator[Event, None, MadePart]:
+        """Makes one medium, event by event; takes and raises the same as `rendering.make_stepwise`."""
         with self._using(part.modality) as generator:
             return (yield from make_stepwise(generator, part, index, seed, device=self.device, **options))
-
-    def _stream(
-        self, conversation: Sequence[Message], given: Prompt, seed: int, config: DecodingConfig, **options: Any
-    ) -> Iterator[Event]:
-        clock, prompt = Clock(), conversation[-1].text
-        parts: list[ReplyPart] = []
-        finish: Literal["stop", "length"] = "stop"
-        made = 0
-        with memory():
-            media = read_media(self.model, [given])
-            if media:
-                clock.lap("encoders")
-            events = decode(self.model, [given], media=media, config=config, seeds=[seed], drawable=self.drawable)
-            for event in events:
-                match event:
-                    case decoding.TextDelta(text=text):
-                        if parts and isinstance(last := parts[-1], TextPart):
-                            parts[-1] = TextPart(last.text + text)
-                        else:
-                            parts.append(TextPart(text))
-                        yield TextDelta(text)
-                    case Run(modality=modality, states=states):
-                        part = PlannedPart(
-                            modality, conditions_of(self.model, modality, states[None])[0], caption_of(parts, prompt)
-                        )
-                        clock.lap("llm")
-                        yield MediaStarted(modality, made, part.caption)
-                        parts.append((yield from self._make_stepwise(part, made, seed + made, **options)))
-                        clock.lap("generators")
-                        made += 1
-                    case decoding.End(reason=reason):
-                        finish = reason
-        clock.lap("llm")
-        yield Finished(
-            Reply(
-                content=tuple(parts),
-                prompt=prompt,
-                model=self.name,
-                seed=seed,
-                finish=finish,
-                options=asked_for(**options) if made else {},
-                timings=clock.laps,
-            )
-        )

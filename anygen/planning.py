@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from anygen.decoding import Answer, DecodingConfig, Run, check_fits, collect, decode
+from anygen.decoding import Answer, DecodingConfig, Kept, Run, check_fits, collect, decode
 from anygen.errors import ConfigError
 from anygen.features import Condition, Features
 from anygen.media import Media
@@ -34,6 +34,7 @@ def plan_batch(
     drawable: Collection[str],
     name: str,
     batch_size: int = 16,
+    kept: Kept | None = None,
 ) -> list[Reply]:
     """B conversations -> B plans, all in one batch.
 
@@ -45,6 +46,7 @@ def plan_batch(
         drawable: the modalities that a plan may hold.
         name: what the plans call the model.
         batch_size: media that go through an encoder together.
+        kept: of the conversation's last turn, where there is one conversation.
 
     Raises:
         MessageError: a conversation is longer than the LLM reads.
@@ -56,7 +58,7 @@ def plan_batch(
     media = read_media(model, prompts, batch_size=batch_size)
     if media:
         clock.lap("encoders")
-    events = decode(model, prompts, media=media, config=config, seeds=seeds, drawable=drawable)
+    events = decode(model, prompts, media=media, config=config, seeds=seeds, drawable=drawable, kept=kept)
     answers = collect(events, len(prompts))
     asked = [messages[-1].text for messages in conversations]
     contents = _contents(model, answers, asked)

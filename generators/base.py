@@ -36,6 +36,15 @@ class Generator(ABC):
     def to(self, device: torch.device | str) -> Self:
         """Moves every loaded part."""
 
+    def quicken(self, *, graphs: bool, compile: bool | str = False) -> Self:
+        """Goes the fast way from now on, where the generator has one (`anygen.generators.quick`); here it has none.
+
+        Args:
+            graphs: CUDA graphs, for each shape of a call.
+            compile: True or "blocks" compiles what repeats; "whole" each model at once.
+        """
+        return self
+
     @abstractmethod
     def encode_text(self, captions: Sequence[str]) -> Condition:
         """B captions -> B conditions: the generator's own text encoder, the target of caption-only alignment."""

@@ -7,7 +7,7 @@ Shapes: B batch; latents are float[B, c, ...].
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from anygen.errors import ConfigError
 from anygen.features import Condition
 from anygen.generators.base import Generator
+from anygen.generators.quick import Quick, check_compile
 from anygen.stepwise import StepCallback, Steps, drained
 
 Predictor = Callable[[Tensor, Tensor], Tensor]
@@ -31,6 +32,23 @@ class DenoisingGenerator(Generator):
     """Copied by `guided_sampling`, so that calls do not share state."""
     defaults: Any
     """With `steps` and `guidance_scale`, for calls that state none."""
+
+    quick: Quick | None = None
+    """The fast way, if `quicken` was called."""
+
+    def models(self) -> dict[str, Any]:
+        """Name -> model of all that generating calls."""
+        models = {"UNet": self.unet, "VAE": self.vae.decoder, "vocoder": getattr(self, "vocoder", None)}
+        return {name: model for name, model in models.items() if model is not None}
+
+    def quicken(self, *, graphs: bool, compile: bool | str = False) -> Self:
+        """As `Generator.quicken`."""
+        if self.quick is not None:
+            self.quick.undo()
+        on_gpu = self.device.type == "cuda"
+        kind = check_compile(compile)
+        self.quick = Quick(self.models(), graphs=graphs and on_gpu, compile=kind, layout=on_gpu and kind is not None)
+        return self
 
     @property
     def device(self) -> torch.device:

@@ -55,6 +55,7 @@ from anygen.generators.pipeline_spec import (
     check_index,
     load_pipeline,
 )
+from anygen.generators.quick import Quick, check_compile
 from anygen.progress import quiet_libraries
 from anygen.stepwise import StepCallback
 
@@ -67,6 +68,8 @@ class DiffusersGenerator(Generator):
     """A pipeline of diffusers behind the contract of a generator. A subclass states `spec`, and is registered."""
 
     spec: ClassVar[PipelineSpec]
+    quick: Quick | None = None
+    """The fast way, if `quicken` was called."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -183,6 +186,18 @@ class DiffusersGenerator(Generator):
             return self.defaults.sampling_rate
         source = getattr(self.pipeline, "vocoder", None) or self.pipeline.vae
         return getattr(source.config, "sampling_rate", None)
+
+    def quicken(self, *, graphs: bool, compile: bool | str = False) -> Self:
+        """As `Generator.quicken`."""
+        if self.quick is not None:
+            self.quick.undo()
+        models, on_gpu = {"denoiser": denoiser(self.pipeline)}, self.device.type == "cuda"
+        decoder = getattr(getattr(self.pipeline, "vae", None), "decoder", None)
+        if decoder is not None and self.modality != "video":  # those of clips keep frames from call to call
+            models["VAE"] = decoder
+        kind = check_compile(compile)
+        self.quick = Quick(models, graphs=graphs and on_gpu, compile=kind, layout=on_gpu and kind is not None)
+        return self
 
     def to(self, device: torch.device | str) -> Self:
         """Moves every loaded part."""

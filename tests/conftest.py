@@ -1,6 +1,6 @@
 """A model of real classes at tiny width, for the tests of whatever the LLM is part of; and the embedded default."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerFast
 
     from anygen.generators.audioldm2 import AudioLDM2Generator, SoundText
@@ -330,6 +331,42 @@ def _sound_text(*, clap: bool = False) -> "SoundText":
         clap=listener,
         clap_tokenizer=tokenizer if clap else None,
     ).eval()
+
+
+@pytest.fixture(scope="session")
+def emulate() -> type:
+    """CUDA graphs without a GPU: what a graph replays is computed again on the graph's own tensors."""
+    from torch.utils._pytree import tree_flatten
+
+    class Emulated:
+        """A capture as `anygen.graphs` wants it. Like CUDA's it changes nothing; like a graph's a replay reads its
+        inputs, and writes its results, where they lay when it was captured.
+
+        Args:
+            state: the tensors that the captured work changes in place.
+        """
+
+        def __init__(self, state: "Callable[[], Iterable[Tensor]]" = tuple) -> None:
+            self.state, self.captures, self.replays = state, 0, 0
+
+        def __call__(self, work: Callable[[], Any]) -> tuple[Callable[[], Any], Any]:
+            self.captures += 1
+            before = [(tensor, tensor.clone()) for tensor in self.state()]
+            made = work()
+            for tensor, value in before:
+                tensor.copy_(value)
+            kept = tree_flatten(made)[0]
+            for tensor in kept:
+                tensor.fill_(-7)  # a graph's results are not there before it is replayed
+
+            def replay() -> None:
+                self.replays += 1
+                for own, new in zip(kept, tree_flatten(work())[0], strict=True):
+                    own.copy_(new)
+
+            return replay, made
+
+    return Emulated
 
 
 @pytest.fixture(scope="session")

@@ -17,12 +17,14 @@ ROOT = Path(__file__).resolve().parent.parent
 COMPONENTS = ("encoders", "projectors", "generators")
 GROUND = {
     "anygen.clips",
+    "anygen.compiling",
     "anygen.component",
     "anygen.config",
     "anygen.environment",
     "anygen.errors",
     "anygen.features",
     "anygen.files",
+    "anygen.graphs",
     "anygen.hub",
     "anygen.image",
     "anygen.manifest",

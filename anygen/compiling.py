@@ -1,0 +1,115 @@
+"""`torch.compile` by region: one block is compiled and serves all that are like it, in seconds in place of minutes.
+
+What was compiled is kept in anygen's cache (`ANYGEN_HOME`), so that the next process reads it.
+
+Source: PyTorch's recipe on regional compilation; diffusers' `compile_repeated_blocks`.
+Shapes: B rows, h heads of keys, N columns, d their width, q tokens.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from anygen.environment import home
+from anygen.errors import ConfigError
+
+BACKEND = "inductor"
+"""Of `torch.compile`; tests take one that needs no C++ compiler."""
+LAYER_OPTIONS = {"coordinate_descent_tuning": True}
+"""Of a decoder's layers: with it inductor writes its own kernels for products with one row, fused with their
+neighbours (as gpt-fast has them), where cuBLAS leaves a fifth of the bandwidth."""
+RECOMPILATIONS = 64
+"""Shapes of one block that may be compiled; a UNet has a dozen."""
+
+
+def keep_compiled() -> None:
+    """Points inductor's cache into anygen's, unless the user has chosen another place, and allows for many shapes."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(home() / "compiled"))
+    settings: Any = torch._dynamo.config
+    settings.recompile_limit = max(settings.recompile_limit, RECOMPILATIONS)
+
+
+def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """`function` compiled for each shape by itself: shapes are few here, and dynamic ones are slower."""
+    keep_compiled()
+    chosen = options if BACKEND == "inductor" and options else None
+    return torch.compile(function, backend=BACKEND, dynamic=False, options=chosen)
+
+
+class LayerColumns:
+    """What one decoder layer sees of a static cache. It knows no layer's number, so that all layers are the same code.
+
+    Args:
+        layer: a `StaticLayer` of transformers, initialised.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        # other views of the same memory: transformers marks its own as of a fixed address, which is one code a layer
+        self.keys: Tensor = layer.keys.view_as(layer.keys)
+        self.values: Tensor = layer.values.view_as(layer.values)
+        self.length: Tensor = layer.cumulative_length.view_as(layer.cumulative_length)
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """float[B, h, q, d] twice -> float[B, h, N, d] twice, as `StaticLayer.update`."""
+        count = keys.shape[-2]
+        columns = torch.arange(count, device=keys.device) + self.length
+        self.length.add_(count)
+        self.keys.index_copy_(2, columns, keys)
+        self.values.index_copy_(2, columns, values)
+        return self.keys, self.values
+
+
+class CompiledLayers:
+    """The layers of a decoder, compiled as one; a call gives the context in which they are.
+
+    Args:
+        decoder: with a list `layers` of modules of one class.
+        cache_name: the argument that takes a layer's cache.
+        compiler: in place of `compiled`.
+
+    Raises:
+        ConfigError: the decoder has no such list.
+    """
+
+    def __init__(
+        self, decoder: nn.Module, cache_name: str, *, compiler: Callable[..., Callable[..., Any]] | None = None
+    ) -> None:
+        layers = getattr(decoder, "layers", None)
+        if not isinstance(layers, nn.ModuleList) or len({type(layer) for layer in layers}) != 1:
+            raise ConfigError(f"{type(decoder).__name__} has no list of layers of one kind, so it cannot be compiled")
+        self.layers, self.cache_name = list(layers), cache_name
+        plain = type(self.layers[0]).forward
+
+        def forward(layer: nn.Module, columns: LayerColumns, *args: Any, **kwargs: Any) -> Any:
+            kwargs[cache_name] = columns
+            return plain(layer, *args, **kwargs)
+
+        self._forward = (compiler or compiled)(forward, **LAYER_OPTIONS)
+        self._numbered = [m for layer in self.layers for m in layer.modules() if isinstance(_number(m), int)]
+
+    @contextmanager
+    def __call__(self, cache: Any) -> Iterator[None]:
+        """Inside, the decoder's layers are compiled and read and write `cache`."""
+        numbers = [_number(module) for module in self._numbered]
+        try:
+            for module in self._numbered:
+                module.__dict__["layer_idx"] = 0  # a number of its own would be code of its own
+            for layer, static in zip(self.layers, cache.layers, strict=True):
+                layer.forward = self._bound(layer, LayerColumns(static))  # type: ignore[method-assign]
+            yield
+        finally:
+            for module, number in zip(self._numbered, numbers, strict=True):
+                module.__dict__["layer_idx"] = number
+            for layer in self.layers:
+                layer.__dict__.pop("forward", None)
+
+    def _bound(self, layer: nn.Module, columns: LayerColumns) -> Callable[..., Any]:
+        return lambda *args, **kwargs: self._forward(layer, columns, *args, **kwargs)
+
+
+def _number(module: nn.Module) -> Any:
+    return module.__dict__.get("layer_idx")

@@ -1,0 +1,145 @@
+"""CUDA graphs of functions, one for each shape: what the host launches kernel by kernel is replayed as a whole.
+
+At batch 1 a 7B LLM and most UNets wait for the host, not for the GPU; a graph takes the host out without compiling
+anything. The first call of a shape runs plainly, which warms up whatever has to be; the second is captured, so that a
+shape that never comes again costs nothing. Where a capture fails, one line is logged and the function stays plain.
+
+Source: Gray, "Getting Started with CUDA Graphs" (NVIDIA, 2019); `torch.cuda.graph`.
+"""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+logger = logging.getLogger(__name__)
+
+MOST = 8
+"""Graphs that one function keeps; the one whose last use is longest ago goes first."""
+Capture = Callable[[Callable[[], Any]], tuple[Callable[[], Any], Any]]
+"""Takes work on fixed tensors; returns what repeats it, and the tensors that a repetition writes to."""
+_pools: dict[int, Any] = {}
+
+
+def cuda_capture(work: Callable[[], Any], pool: Any = None) -> tuple[Callable[[], Any], Any]:
+    """`work` as a CUDA graph.
+
+    Args:
+        work: on tensors that stay where they are; launched already at least once.
+        pool: memory that several graphs share; each gets its own by default.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        made = work()
+    return graph.replay, made
+
+
+def pooled_capture(work: Callable[[], Any]) -> tuple[Callable[[], Any], Any]:
+    """As `cuda_capture`, all in one pool of memory: results have to be copied before another graph is replayed."""
+    device = torch.cuda.current_device()
+    if device not in _pools:
+        _pools[device] = torch.cuda.graph_pool_handle()
+    return cuda_capture(work, _pools[device])
+
+
+class Graphed:
+    """A function of tensors that is captured for each shape it meets.
+
+    Args:
+        function: any arguments and results of tensors in lists, tuples, dicts; other values are taken as constant. It
+            may change tensors of its own in place, but must not look at a tensor's values on the host.
+        name: what messages call it.
+        capture: how.
+        copies: whether results are copied out of the graph's memory; without, the next call overwrites them.
+
+    Attributes:
+        active: whether it captures; switched off by a capture that failed.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], name: str, *, capture: Capture = pooled_capture, copies: bool = True
+    ) -> None:
+        self.function, self.name, self.capture, self.copies = function, name, capture, copies
+        self.active = True
+        self._known: OrderedDict[Hashable, _Graph | None] = OrderedDict()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the function returns; in training it is never captured."""
+        if not self.active or torch.is_grad_enabled():
+            return self.function(*args, **kwargs)
+        leaves, spec = tree_flatten((args, kwargs))
+        key = (spec, tuple(_described(leaf) for leaf in leaves))
+        try:
+            hash(key)
+        except TypeError:  # a constant that cannot be compared
+            return self.function(*args, **kwargs)
+        if key not in self._known:
+            made = self.function(*args, **kwargs)
+            self._remember(key, None)
+            return made
+        graph = self._known[key]
+        if graph is None:
+            graph = self._captured(leaves, spec)
+            if graph is None:
+                return self.function(*args, **kwargs)
+        self._remember(key, graph)
+        return graph(leaves, copies=self.copies)
+
+    def __len__(self) -> int:
+        """Graphs that are kept."""
+        return sum(graph is not None for graph in self._known.values())
+
+    def clear(self) -> None:
+        """Forgets all graphs; needed when weights move, as a graph knows them by their address."""
+        self._known.clear()
+
+    def _remember(self, key: Hashable, graph: "_Graph | None") -> None:
+        self._known[key] = graph
+        self._known.move_to_end(key)
+        while len(self._known) > MOST:
+            self._known.popitem(last=False)
+
+    def _captured(self, leaves: list[Any], spec: Any) -> "_Graph | None":
+        try:
+            return _Graph(self.function, leaves, spec, self.capture)
+        except (RuntimeError, torch.OutOfMemoryError) as error:
+            self.active = False
+            self.clear()
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            logger.warning("%s runs without a CUDA graph: %s", self.name, reason)
+            return None
+
+
+class _Graph:
+    """One shape's."""
+
+    def __init__(self, function: Callable[..., Any], leaves: list[Any], spec: Any, capture: Capture) -> None:
+        with torch.inference_mode(False):  # so that it may be written to in any mode
+            self.inputs = [torch.empty_like(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        for own, given in zip(self.inputs, leaves, strict=True):
+            if isinstance(own, Tensor):
+                own.copy_(given)
+        args, kwargs = tree_unflatten(self.inputs, spec)
+        self.replay, made = capture(lambda: function(*args, **kwargs))
+        self.outputs, self.spec = tree_flatten(made)
+
+    def __call__(self, leaves: list[Any], *, copies: bool) -> Any:
+        for own, given in zip(self.inputs, leaves, strict=True):
+            if isinstance(own, Tensor):
+                own.copy_(given, non_blocking=True)
+        self.replay()
+        outputs = self.outputs
+        if copies:
+            outputs = [made.clone() if isinstance(made, Tensor) else made for made in outputs]
+        return tree_unflatten(outputs, self.spec)
+
+
+def _described(leaf: Any) -> Hashable:
+    """What makes a graph another one: a tensor's form, a constant's value."""
+    if isinstance(leaf, Tensor):
+        return (tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.device)
+    return (type(leaf), leaf)
