@@ -30,7 +30,6 @@ from anygen.llm import LLM
 from anygen.losses import IGNORED, AlignmentConfig, condition_loss, token_loss
 from anygen.messages import MediaPart
 from anygen.model_config import AnyGenConfig, InputConfig, OutputConfig, PartConfig, SourceConfig, SourcedPartConfig
-from anygen.plugins import check_parts, with_plugins
 from anygen.projectors.base import InputProjector, OutputProjector
 from anygen.projectors.input import FeatureShift
 from anygen.prompts import PromptBuilder, slot_ids
@@ -90,23 +89,20 @@ class AnyGenModel(nn.Module):
         self.signal_tokens.check_vocabulary(llm.tokenizer.get_vocab())
         self.encoders = nn.ModuleDict(dict(encoders or {}))
         self.encoders.requires_grad_(False)
-        self.input_projectors = nn.ModuleDict({m: input_projector(c, llm.width) for m, c in config.inputs.items()})
-        self.output_projectors = nn.ModuleDict({m: output_projector(c, llm.width) for m, c in config.outputs.items()})
-        self.prompts = self.build_prompts()
+        self.input_projectors = nn.ModuleDict({m: _input_projector(c, llm.width) for m, c in config.inputs.items()})
+        self.output_projectors = nn.ModuleDict({m: _output_projector(c, llm.width) for m, c in config.outputs.items()})
+        around = {m: (c.before, c.after) for m, c in config.inputs.items()}
+        self.prompts = PromptBuilder(
+            llm.tokenizer, self.signal_tokens, config.slots, around=around, routes=config.routes
+        )
         self.alignment = AlignmentConfig()
         self.alignment_weight = 1.0
         self.metrics: dict[str, dict[str, Tensor]] = {}
         self.origin: Path | None = None
         """The directory that this model was loaded from."""
         self.memories: StaticMemories | None = None
-        """Where decoding goes the fast way (`anygen.speed.quicken`); None is transformers' growing cache."""
+        """Where decoding goes the fast way (`anygen.speed`); None is transformers' growing cache."""
         self.register_state_dict_post_hook(_leave_out_frozen)
-
-    def build_prompts(self) -> PromptBuilder:
-        """For what is read and made now; made anew when a modality is added."""
-        config = self.settings
-        around = {m: (c.before, c.after) for m, c in config.inputs.items()}
-        return PromptBuilder(self.llm.tokenizer, self.signal_tokens, config.slots, around=around, routes=config.routes)
 
     def initialize(self, *, seed: int) -> Self:
         """Starts the signal rows from the LLM's own rows; for a model that was not loaded."""
@@ -308,7 +304,7 @@ class AnyGenModel(nn.Module):
 
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        with_plugins(self.settings).save(directory / CONFIG)
+        self.settings.save(directory / CONFIG)
         state = {
             key: value.to(dtype) if dtype is not None and value.is_floating_point() else value
             for key, value in self._projector_state().items()
@@ -375,11 +371,9 @@ class AnyGenModel(nn.Module):
             ConfigError: the configuration does not fit.
             CheckpointError: a file or key is missing, unexpected or mis-shaped; the keys are listed.
             HubError: a part cannot be found.
-            UnknownComponentError: a part is from a package that is not installed; says which.
         """
         directory = Path(directory)
         config = AnyGenConfig.load(directory / CONFIG)
-        check_parts(config, generators=False)
 
         def find(source: SourceConfig) -> Path:
             if source.path is not None:
@@ -427,16 +421,14 @@ def positions(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def input_projector(config: InputConfig, width: int) -> InputProjector | FeatureShift:
-    """Fresh, for an LLM of that width; ConfigError if its options do not fit."""
+def _input_projector(config: InputConfig, width: int) -> InputProjector | FeatureShift:
     if config.shares is not None:
         return FeatureShift(config.feature_dim)
     cls = lookup("input_projector", config.projector.name)
     return cls(_options(cls, "input_projector", config.projector), feature_dim=config.feature_dim, llm_dim=width)
 
 
-def output_projector(config: OutputConfig, width: int) -> OutputProjector:
-    """Fresh, for an LLM of that width; ConfigError if its options do not fit."""
+def _output_projector(config: OutputConfig, width: int) -> OutputProjector:
     cls = lookup("output_projector", config.projector.name)
     spec = ConditionSpec(shapes={name: tuple(shape) for name, shape in config.condition.items()})
     options = _options(cls, "output_projector", config.projector)
