@@ -5,8 +5,9 @@ sampling loop equals `AudioLDM2Pipeline` given all of its conditions, and `Sound
 caption (tests/generators/test_audioldm2.py holds both to that).
 Differs: each sample's noise is drawn from its own seed; the empty caption's condition is stored beside the weights; a
 caption is padded to a fixed length, and GPT-2 counts positions without the padding, so that a condition does not depend
-on its batch; sounds come out levelled. A folder without CLAP, such as the embedded default's, gives the projection the
-mean of the T5 states where CLAP's one vector stands otherwise.
+on its batch; sounds come out levelled, and where `sampling.json` says so refined (`mel.refined`). A folder without
+CLAP, such as the embedded default's, gives the projection the mean of the T5 states where CLAP's one vector stands
+otherwise.
 
 **The mask travels in the condition.** AudioLDM2's UNet is told which rows of `prompt_embeds` are padding, but a
 projector that stands in for the text encoder gives embeddings alone. So the rows of padding are zero in what
@@ -33,7 +34,7 @@ from anygen.errors import CheckpointError, ConfigError
 from anygen.features import Condition, ConditionSpec
 from anygen.generators.denoising import DenoisingGenerator, Predictor
 from anygen.generators.latent import SamplingDefaults, save_part
-from anygen.generators.mel import LogMel, MelConfig, faded, levelled
+from anygen.generators.mel import LogMel, MelConfig, faded, levelled, refined
 from anygen.progress import quiet_libraries
 from anygen.stepwise import Steps
 
@@ -55,6 +56,13 @@ class SoundDefaults(SamplingDefaults):
     """Weight of the conditional direction; 1 switches guidance off."""
     seconds: float = 10.24
     """Length of a sound."""
+    refinement: int = 0
+    """Rounds of `mel.refined` behind the vocoder. Large vocoders need none; 8 make up for most of what a small one
+    lacks."""
+
+    def __post_init__(self) -> None:
+        if self.refinement < 0:
+            raise ConfigError(f"refinement counts rounds, 0 or more, got {self.refinement}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -367,6 +375,8 @@ class AudioLDM2Generator(DenoisingGenerator):
         """Latents float[B, c, T / f, F / f] -> the vocoder's waveforms float32[B, N], neither levelled nor faded."""
         mel = self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor, return_dict=False)[0]
         waveform = self.vocoder(mel[:, 0].to(self.vocoder.dtype)).float()
+        if rounds := self.defaults.refinement:
+            waveform = refined(waveform, mel[:, 0], LogMel(self.mel_config).to(waveform.device), rounds)
         return waveform if seconds is None else waveform[:, : int(seconds * self.sampling_rate)]
 
     def denoising_loss(self, condition: Condition, media: Any, *, generator: torch.Generator | None = None) -> Tensor:

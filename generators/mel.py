@@ -2,11 +2,13 @@
 
 Source: AudioLDM 2 (Liu et al. 2023, arXiv:2308.05734) and HiFi-GAN (Kong et al. 2020, arXiv:2010.05646): magnitudes of
 a centred Hann-window STFT, Slaney mel filters, natural logarithm of at least 1e-5. The gate of the loudness follows
-ITU-R BS.1770 in idea, without its frequency weighting.
+ITU-R BS.1770 in idea, without its frequency weighting. `refined` is the alternating projection of Griffin & Lim 1984
+(IEEE TASSP 32(2)), with mel magnitudes in place of linear ones and a vocoder's phases in place of random ones.
 
 Shapes: B batch, N samples, T = N / hop frames, F mel bins.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -67,6 +69,35 @@ class LogMel(nn.Module):
             magnitude = torch.view_as_real(waves).square().sum(-1).clamp(min=1e-12).sqrt()  # [B, window / 2 + 1, T + 1]
             mel = magnitude[..., : waveform.shape[-1] // hop].transpose(1, 2) @ self.filters
             return mel.clamp(min=self.config.floor).log()
+
+
+_MOST_CORRECTION = 6.0
+"""Of one round, in nepers."""
+
+
+def refined(waveform: Tensor, mel: Tensor, log_mel: LogMel, rounds: int) -> Tensor:
+    """Brings a waveform's spectrogram closer to the one that it was made from: float[B, N] -> float32[B, N].
+
+    A small vocoder gets the course of a sound right and its levels only roughly: noise between the partials, pauses
+    that are not silent. Each round filters every frame by how far its mel bins are off, and keeps the phases. A
+    waveform that has the spectrogram already comes back as it was.
+
+    Args:
+        waveform: N = T * hop samples.
+        mel: float[B, T, F], logarithms as `log_mel` gives them; what lies below its floor counts as the floor.
+        log_mel: the transform, on the waveform's device.
+        rounds: 0 changes nothing.
+    """
+    hop, window = log_mel.config.hop, log_mel.config.window
+    wanted = mel.float().clamp(min=math.log(log_mel.config.floor))
+    shares = log_mel.filters.T / log_mel.filters.sum(1).clamp(min=1e-9)  # [F, window / 2 + 1], of each bin 1 in all
+    waveform = waveform.float()
+    for _ in range(rounds):
+        gain = (wanted - log_mel(waveform)).clamp(-_MOST_CORRECTION, _MOST_CORRECTION) @ shares
+        gain = torch.cat([gain, gain[:, -1:]], 1).transpose(1, 2).exp()  # the frame that `LogMel` leaves out
+        waves = torch.stft(waveform, window, hop, window=log_mel.hann, return_complex=True)
+        waveform = torch.istft(waves * gain, window, hop, window=log_mel.hann, length=waveform.shape[-1])
+    return waveform
 
 
 def levelled(waveform: Tensor, sampling_rate: int) -> Tensor:

@@ -157,7 +157,8 @@ class PackedDecoder(nn.Module):
                 samples = (like, mask.clone(), positions.clone())
                 plain = self.forward
                 try:
-                    torch.cuda.make_graphed_callables(self, samples, allow_unused_input=True)
+                    with torch.autocast("cuda", enabled=False):  # capturing refuses the caller's; `forward` has its own
+                        torch.cuda.make_graphed_callables(self, samples, allow_unused_input=True)
                 except RuntimeError as error:
                     self.forward = plain  # type: ignore[method-assign]
                     logger.warning("the decoder is not captured as a CUDA graph: %s", error)

@@ -83,7 +83,7 @@ class SoundDiffusionRecipe(LatentDiffusionRecipe):
     steps: int = 12_000
     learning_rate: float = 1e-3
     sampling: SoundDefaults = field(
-        default_factory=lambda: SoundDefaults(steps=16, guidance_scale=3.0, seconds=SECONDS)
+        default_factory=lambda: SoundDefaults(steps=16, guidance_scale=3.0, seconds=SECONDS, refinement=8)
     )
 
     def __post_init__(self) -> None:

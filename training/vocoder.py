@@ -46,8 +46,9 @@ class VocoderRecipe(Config):
     """Directory of the trained mel autoencoder, for `restored`."""
     restored: float = 0.0
     """Share of the spectrograms that are read back from the autoencoder."""
-    width: int = 192
-    """Channels before the first upsampling; each upsampling halves them."""
+    width: int = 256
+    """Channels before the first upsampling; each of the five halves them, and multiples of 8 are what GPUs are fast
+    at."""
     kernels: tuple[int, ...] = (3, 7)
     dilations: tuple[int, ...] = (1, 3)
     """Kernels and dilations of the residual blocks, all kernels at all dilations."""
@@ -178,7 +179,9 @@ def train(recipe: VocoderRecipe, out: Path) -> dict[str, float]:
         vae = AutoencoderKL.from_pretrained(recipe.vae, torch_dtype=torch.float32).to(device).eval()
     log.write(pool=len(pool), parameters=sum(p.numel() for p in vocoder.parameters()))
     maker, critic = (
-        torch.optim.AdamW(part.parameters(), lr=recipe.learning_rate, betas=(0.8, 0.99), weight_decay=1e-3)
+        torch.optim.AdamW(
+            part.parameters(), lr=recipe.learning_rate, betas=(0.8, 0.99), weight_decay=1e-3, fused=device.type == "cuda"
+        )
         for part in (vocoder, judges)
     )
     average = AveragedWeights(vocoder, recipe.ema)
@@ -210,10 +213,10 @@ def train(recipe: VocoderRecipe, out: Path) -> dict[str, float]:
                 critic.step()
                 adversarial, matching = judges.losses(made, real)
                 loss = loss + recipe.adversarial_weight * (adversarial + 2 * matching)
-        maker.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(vocoder.parameters(), 5.0)
         maker.step()
+        maker.zero_grad(set_to_none=True)
         average.update(vocoder, progress.step)
         progress.step += 1
         if progress.step % 200 == 0 or progress.done:

@@ -13,9 +13,10 @@ from anygen.generators.audioldm2 import (
     EMBEDS,
     GENERATED,
     AudioLDM2Generator,
+    SoundDefaults,
     text_mask,
 )
-from anygen.generators.mel import LOUDNESS, PEAK
+from anygen.generators.mel import LOUDNESS, PEAK, LogMel
 from anygen.media import Audio
 
 CAPTIONS = ["a trumpet playing a fast rising melody", "a dog"]
@@ -135,6 +136,21 @@ def test_sounds_are_levelled_and_as_long_as_asked(generator: AudioLDM2Generator)
             assert sound.samples.shape == (1, count) and sound.samples.dtype == np.float32
             assert abs(sound.samples).max() <= PEAK + 1e-6
             assert 10 * np.log10(np.square(sound.samples).mean()) <= LOUDNESS + 0.5
+
+
+def test_refined_sounds_are_nearer_to_the_spectrogram_that_the_autoencoder_gave(
+    generator: AudioLDM2Generator, tiny_audioldm2: Make
+) -> None:
+    latents = generator.sample(generator.encode_text(CAPTIONS), [0, 1])
+    with torch.no_grad():
+        mel = generator.vae.decode(latents / generator.vae.config.scaling_factor).sample[:, 0]
+    finer = tiny_audioldm2()
+    finer.defaults = SoundDefaults(seconds=SECONDS, refinement=6)
+    log_mel = LogMel(generator.mel_config)
+    plain, refined = ((log_mel(one.decode(latents)) - mel).abs().mean() for one in (generator, finer))
+    assert refined < 0.7 * plain
+    with pytest.raises(ConfigError, match="refinement counts rounds, 0 or more, got -1"):
+        SoundDefaults(refinement=-1)
 
 
 def test_a_saved_folder_gives_the_same_sounds_here_and_in_diffusers(

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from anygen.generators.mel import LOUDNESS, PEAK, LogMel, MelConfig, faded, levelled
+from anygen.generators.mel import LOUDNESS, PEAK, LogMel, MelConfig, faded, levelled, refined
 
 
 def test_spectrograms_equal_the_reference() -> None:
@@ -56,3 +56,35 @@ def test_fades_touch_the_ends_alone() -> None:
     out = faded(torch.ones(1, 16000), 16000)
     assert out[0, 0] == 0 and out[0, -1] == 0 and bool((out[0, 80:-80] == 1).all())
     assert bool((out[0, :80].diff() > 0).all())
+
+
+def chords(count: int = 3, seconds: float = 0.8) -> torch.Tensor:
+    """Chords of a few partials that die away, float[B, N]."""
+    generator = torch.Generator().manual_seed(0)
+    time = torch.arange(round(seconds * 16_000)) / 16_000
+    tones = torch.rand(count, 6, 1, generator=generator) * 2000 + 150
+    return ((2 * torch.pi * tones * time).sin().sum(1) * torch.exp(-3 * time) * 0.05).float()
+
+
+def test_refinement_brings_the_spectrogram_of_a_noisy_copy_to_that_of_the_sound() -> None:
+    log_mel, clean = LogMel(), chords()
+    mel = log_mel(clean)
+    noisy = 0.5 * clean + 0.01 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(1))
+    errors = [(log_mel(refined(noisy, mel, log_mel, rounds)) - mel).abs().mean().item() for rounds in (0, 1, 4, 8)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[0] > 2 and errors[-1] < 0.25  # nepers: from over 17 dB to 2 dB
+
+
+def test_refinement_leaves_a_sound_alone_that_has_its_spectrogram() -> None:
+    log_mel, clean = LogMel(), chords()
+    torch.testing.assert_close(refined(clean, log_mel(clean), log_mel, 3), clean, atol=1e-5, rtol=0)
+    noise = torch.randn(2, 1600)
+    assert torch.equal(refined(noise, log_mel(chords(2, 0.1)), log_mel, 0), noise)
+
+
+def test_what_lies_below_the_floor_counts_as_silence_in_refinement() -> None:
+    log_mel, noise = LogMel(), 0.01 * torch.randn(1, 1600, generator=torch.Generator().manual_seed(0))
+    silence = torch.full((1, 10, 64), -40.0)
+    deep, floor = (refined(noise, mel, log_mel, 4) for mel in (silence, log_mel(torch.zeros(1, 1600))))
+    torch.testing.assert_close(deep, floor)
+    assert deep.abs().max() < 1e-3
