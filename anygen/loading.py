@@ -3,6 +3,8 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any, cast
 
@@ -88,13 +90,30 @@ def find_generator(directory: Path, source: SourceConfig, *, fetch: bool = True)
 
 
 def load_generator(directory: Path, output: OutputConfig, device: torch.device, dtype: torch.dtype) -> Generator:
-    """One generator of a model's directory, on its device."""
+    """One generator of a model's directory, on its device; options that it does not load by are its defaults.
+
+    Raises:
+        CheckpointError, HubError: as `find_generator`, or a part is missing or damaged.
+        ConfigError: an option is unknown.
+        OutOfMemoryError: there is too little memory.
+    """
     from anygen.progress import quiet_libraries
 
     part = output.generator
     where = cast(Path, find_generator(directory, part.source))
+    maker = lookup("generator", part.name)
+    taken = signature(maker.from_pretrained).parameters.values()
+    open_ended = any(parameter.kind is Parameter.VAR_KEYWORD for parameter in taken)
+    names = part.options if open_ended else {parameter.name for parameter in taken}
     with quiet_libraries(diffusers=True), memory():
-        return lookup("generator", part.name).from_pretrained(where, device=device, dtype=dtype, **part.options)
+        told = {name: value for name, value in part.options.items() if name in names}
+        generator = maker.from_pretrained(where, device=device, dtype=dtype, **told)
+    if defaults := {name: value for name, value in part.options.items() if name not in names}:
+        try:
+            generator.defaults = replace(generator.defaults, **defaults)
+        except (AttributeError, TypeError):
+            raise ConfigError(f"the generator '{part.name}' has no options {', '.join(defaults)}") from None
+    return generator
 
 
 @contextmanager

@@ -134,7 +134,7 @@ class Preset:
             makes = OutputConfig(
                 signal_tokens=self.signal_tokens[modality],
                 condition=dict(part.condition),
-                generator=SourcedPartConfig(name=part.name, source=part.source),
+                generator=SourcedPartConfig(name=part.name, source=part.source, options=dict(part.options)),
                 projector=PartConfig(name="text_fc", options=options),
             )
             modalities[modality] = ModalityConfig(input=reads, output=makes)

@@ -54,6 +54,7 @@ from anygen.generators.pipeline_spec import (
     PipelineSpec,
     check_index,
     load_pipeline,
+    set_solver,
 )
 from anygen.generators.quick import Quick, check_compile
 from anygen.progress import quiet_libraries
@@ -139,6 +140,7 @@ class DiffusersGenerator(Generator):
         defaults = PipelineDefaults.from_dict(told.to_dict() | changes)
         absent = dict.fromkeys((*spec.text_parts, *spec.without))
         pipeline = load_pipeline(spec, directory, dtype, absent)
+        set_solver(pipeline, defaults)
         if spec.dtype_of is not None:
             setattr(pipeline, spec.dtype_of, _Stated(dtype))
 

@@ -1,7 +1,12 @@
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
-from anygen.loading import choose_device, choose_dtype
+from anygen.errors import ConfigError
+from anygen.loading import choose_device, choose_dtype, load_generator
+from anygen.model_config import OutputConfig, PartConfig, SourceConfig, SourcedPartConfig
 
 
 @pytest.mark.parametrize(("cuda", "mps", "wanted"), [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")])
@@ -19,3 +24,16 @@ def test_bfloat16_is_the_default_on_cuda_alone() -> None:
     assert choose_dtype(None, torch.device("cpu")) == choose_dtype(None, torch.device("mps")) == torch.float32
     for name in ("bf16", "bfloat16", torch.bfloat16):
         assert choose_dtype(name, torch.device("cpu")) == torch.bfloat16
+
+
+def test_options_that_a_generator_does_not_load_by_are_its_defaults(tiny_zeroscope: Any, tmp_path: Path) -> None:
+    tiny_zeroscope().save_pretrained(tmp_path / "clips")
+
+    def load(**options: Any) -> Any:
+        part = SourcedPartConfig(name="zeroscope", source=SourceConfig(path="clips"), options=options)
+        output = OutputConfig(signal_tokens=1, condition={}, generator=part, projector=PartConfig(name="mlp"))
+        return load_generator(tmp_path, output, torch.device("cpu"), torch.float32)
+
+    assert (load().defaults.steps, load(steps=7).defaults.steps, load(steps=7).defaults.frames) == (3, 7, 3)
+    with pytest.raises(ConfigError, match="the generator 'zeroscope' has no options turbo"):
+        load(turbo=True)

@@ -17,6 +17,7 @@ from anygen import hub
 from anygen.cli import _calm_libraries, main
 from anygen.convert_nextgpt_lines import V1, V2
 from anygen.errors import ConfigError, HubError, LicenceWarning
+from anygen.generators.pipeline_spec import PipelineDefaults
 from anygen.model import AnyGenModel, _input_projector, _output_projector
 from anygen.model_config import AnyGenConfig
 from anygen.preset_parts import AUDIOLDM2, PRECISIONS, VICUNA_7B, ZEROSCOPE
@@ -108,6 +109,8 @@ def test_every_part_is_registered_and_is_conditioned_as_its_generator_is(preset:
         if spec is not None:
             assert list(makes.condition) == [tensor.name for tensor in spec.condition]
         assert [tuple(shape) for shape in makes.condition.values()] in documented(makes.generator.name)
+        defaults = PipelineDefaults() if spec is None else spec.defaults
+        replace(defaults, **makes.generator.options)  # what the preset states are defaults that there are
 
 
 @every

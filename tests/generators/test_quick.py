@@ -1,15 +1,19 @@
 """The fast way makes the media of the plain way: graphs emulated, blocks through a compiler that changes nothing."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from anygen import compiling
 from anygen.errors import ConfigError
 from anygen.features import Condition
+from anygen.generators.diffusers_pipeline import denoiser
 from anygen.generators.quick import Quick, check_compile, outermost
+from anygen.registry import lookup
 
 
 @pytest.fixture(params=["video", "audio"])
@@ -100,3 +104,38 @@ def test_what_may_be_compiled() -> None:
     assert [check_compile(value) for value in (False, True, "blocks", "whole")] == [None, "blocks", "blocks", "whole"]
     with pytest.raises(ConfigError, match="compile is True, False or one of blocks, whole; got 'all'"):
         check_compile("all")
+
+
+@pytest.mark.parametrize("name", ["sdxl", "flux", "wan", "stable_audio"])
+def test_pipelines_of_diffusers_make_the_same_through_graphs(name: str, tiny_pipeline: Any, emulate: type) -> None:
+    generator: Any = lookup("generator", f"diffusers/{name}")(tiny_pipeline(name))
+    small = {"wan": {"height": 16, "width": 16, "frames": 5}, "stable_audio": {"seconds": 0.1}}
+    options: Any = small.get(name, {"height": 16, "width": 16})
+    condition = generator.encode_text(["a red apple"])
+    wanted = generator.sample(condition, [3], 4, **options)
+    capture = emulate()
+    generator.quick = Quick({"denoiser": denoiser(generator.pipeline)}, graphs=True, capture=capture)
+    made = [generator.sample(condition, [3], 4, **options) for _ in range(2)]
+    np.testing.assert_allclose(made[0], wanted, atol=1e-6)
+    np.testing.assert_allclose(made[1], wanted, atol=1e-6)
+    assert capture.captures == 1 and capture.replays >= 5
+    generator.quicken(graphs=False)
+    np.testing.assert_allclose(generator.sample(condition, [3], 4, **options), wanted, atol=1e-6)
+
+
+def test_a_pipeline_samples_with_dpm_solver_where_it_is_asked_to(tiny_pipeline: Any, tmp_path: Path) -> None:
+    from diffusers import DPMSolverMultistepScheduler
+
+    pipeline = tiny_pipeline("sdxl")
+    pipeline.save_pretrained(tmp_path)
+    cls: Any = lookup("generator", "diffusers/sdxl")
+    generator = cls.from_pretrained(tmp_path, solver="dpm++", steps=2, height=16, width=16)
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_pretrained(tmp_path, subfolder="scheduler")
+    wanted = cls(pipeline).sample(generator.encode_text(["a"]), [1], 2, height=16, width=16)
+    np.testing.assert_allclose(generator.sample(generator.encode_text(["a"]), [1]), wanted, atol=1e-6)
+    with pytest.raises(ConfigError, match="solver is 'dpm\\+\\+' or left out, got 'euler'"):
+        cls.from_pretrained(tmp_path, solver="euler")
+    flow = tiny_pipeline("wan")
+    flow.save_pretrained(tmp_path / "flow")
+    with pytest.raises(ConfigError, match="solver='dpm\\+\\+' needs a schedule of noise variances; FlowMatch"):
+        lookup("generator", "diffusers/wan").from_pretrained(tmp_path / "flow", solver="dpm++")
