@@ -100,6 +100,13 @@ def _add_generate(commands: Any) -> None:
             type=lambda path, modality=modality: (modality, path),
             help=f"{'an' if modality[0] in 'aeiou' else 'a'} {modality} file to go with the prompt; may be repeated",
         )
+    command.add_argument(
+        "--media",
+        metavar="MODALITY=FILE",
+        action="append",
+        type=_medium,
+        help="a file of any modality that the model reads, such as a plugin's; may be repeated",
+    )
     _add_answering(command)
     command.add_argument("--overwrite", action="store_true", help="number files from 01 and replace those that exist")
     command.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
@@ -140,6 +147,7 @@ def _add_info(commands: Any) -> None:
     command.add_argument(
         "what", metavar="MODEL|PRESET|FILE", nargs="?", help="a model's name or directory, a preset, or a saved file"
     )
+    command.add_argument("--plugins", action="store_true", help="list the installed plugins and all modalities")
     command.add_argument("--presets", action="store_true", help="list the presets, recipes for full-size models")
     command.add_argument("--memory", action="store_true", help="the memory that a preset needs, at each precision")
     command.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
@@ -205,6 +213,13 @@ def _command(commands: Any, name: str, what: str, run: str) -> argparse.Argument
     command = commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
     command.set_defaults(run=run)
     return command
+
+
+def _medium(text: str) -> tuple[str, str]:
+    modality, equals, path = text.partition("=")
+    if modality and equals and path:
+        return modality, path
+    raise argparse.ArgumentTypeError(f"'{text}' is not of the form MODALITY=FILE, such as pointcloud=chair.ply")
 
 
 def _seed(text: str) -> int:

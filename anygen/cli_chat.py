@@ -92,6 +92,8 @@ class _Session:
             case "/reset":
                 self.chat.reset()
                 self.waiting, self.paths = [], {}
+            case _ if command[0] == "/" and command[1:] in self.chat.pipeline.model.settings.inputs:
+                self._attach(command[1:], rest)  # a plugin's modality
             case _ if command.startswith("/") and "/" not in command[1:]:
                 raise MessageError(f"there is no command {command}; /help lists them")
             case _:

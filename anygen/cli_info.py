@@ -10,6 +10,10 @@ from anygen.errors import CheckpointError, ConfigError, MediaError
 def info(options: argparse.Namespace) -> int:
     """Runs the command."""
     what = options.what
+    if options.plugins:
+        if what is not None or options.memory or options.presets:
+            raise ConfigError("--plugins lists them all; leave out the name, --presets and --memory")
+        return _plugins(as_json=options.json)
     if options.presets:
         if what is not None or options.memory:
             raise ConfigError("--presets lists them all; leave out the name and --memory")
@@ -34,6 +38,24 @@ def info(options: argparse.Namespace) -> int:
         raise CheckpointError(f"{directory} is not an anygen model: it has no anygen.json")
     found = describe(directory)
     print(json.dumps(found.to_dict()) if options.json else found)
+    return 0
+
+
+def _plugins(*, as_json: bool) -> int:
+    from anygen.plugins import describe_installed
+
+    found = describe_installed()
+    if as_json:
+        print(json.dumps(found))
+        return 0
+    for plugin in found["plugins"]:
+        brings = ", ".join(plugin["brings"]) or "nothing"
+        print(f"{plugin['package']} {plugin['version']} ({plugin['module']}) brings {brings}")
+    if not found["plugins"]:
+        print("no plugins are installed; docs/new-modality.md tells how to write one")
+    print()
+    for modality, told in found["modalities"].items():
+        print(f"{modality}: {', '.join(told['files'])} ({told['package']})")
     return 0
 
 

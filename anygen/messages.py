@@ -222,7 +222,7 @@ class _Reader:
             return self._media("audio", data)
         if kind.endswith("_url") and kind.removesuffix("_url") in MEDIA:
             return self._media(kind.removesuffix("_url"), _inner(part, kind, "url", where))
-        if kind not in modalities():
+        if kind not in MEDIA and kind not in modalities():  # plugins are imported only if anygen has no such modality
             raise MessageError(
                 f"{where} is of the unknown type {kind!r}; known: text, {', '.join(modalities())}, "
                 "image_url, video_url, audio_url, input_audio"
@@ -257,6 +257,9 @@ def _modality_of_suffix(path: Path, where: str) -> str:
     suffix = path.suffix.lower()
     for modality, suffixes in _SUFFIXES.items():
         if suffix in suffixes:
+            return modality
+    for modality in modalities():
+        if suffix in MEDIA[modality].suffixes:
             return modality
     raise MessageError(
         f"{where} is the path {path}, whose suffix '{suffix}' tells no modality; "

@@ -30,6 +30,7 @@ from anygen.llm import LLM
 from anygen.losses import IGNORED, AlignmentConfig, condition_loss, token_loss
 from anygen.messages import MediaPart
 from anygen.model_config import AnyGenConfig, InputConfig, OutputConfig, PartConfig, SourceConfig, SourcedPartConfig
+from anygen.plugins import check_parts, with_plugins
 from anygen.projectors.base import InputProjector, OutputProjector
 from anygen.projectors.input import FeatureShift
 from anygen.prompts import PromptBuilder, slot_ids
@@ -89,12 +90,9 @@ class AnyGenModel(nn.Module):
         self.signal_tokens.check_vocabulary(llm.tokenizer.get_vocab())
         self.encoders = nn.ModuleDict(dict(encoders or {}))
         self.encoders.requires_grad_(False)
-        self.input_projectors = nn.ModuleDict({m: _input_projector(c, llm.width) for m, c in config.inputs.items()})
-        self.output_projectors = nn.ModuleDict({m: _output_projector(c, llm.width) for m, c in config.outputs.items()})
-        around = {m: (c.before, c.after) for m, c in config.inputs.items()}
-        self.prompts = PromptBuilder(
-            llm.tokenizer, self.signal_tokens, config.slots, around=around, routes=config.routes
-        )
+        self.input_projectors = nn.ModuleDict({m: input_projector(c, llm.width) for m, c in config.inputs.items()})
+        self.output_projectors = nn.ModuleDict({m: output_projector(c, llm.width) for m, c in config.outputs.items()})
+        self.prompts = self.build_prompts()
         self.alignment = AlignmentConfig()
         self.alignment_weight = 1.0
         self.metrics: dict[str, dict[str, Tensor]] = {}
@@ -103,6 +101,12 @@ class AnyGenModel(nn.Module):
         self.memories: StaticMemories | None = None
         """Where decoding goes the fast way (`anygen.speed`); None is transformers' growing cache."""
         self.register_state_dict_post_hook(_leave_out_frozen)
+
+    def build_prompts(self) -> PromptBuilder:
+        """For what is read and made now; made anew when a modality is added."""
+        config = self.settings
+        around = {m: (c.before, c.after) for m, c in config.inputs.items()}
+        return PromptBuilder(self.llm.tokenizer, self.signal_tokens, config.slots, around=around, routes=config.routes)
 
     def initialize(self, *, seed: int) -> Self:
         """Starts the signal rows from the LLM's own rows; for a model that was not loaded."""
@@ -304,7 +308,7 @@ class AnyGenModel(nn.Module):
 
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        self.settings.save(directory / CONFIG)
+        with_plugins(self.settings).save(directory / CONFIG)
         state = {
             key: value.to(dtype) if dtype is not None and value.is_floating_point() else value
             for key, value in self._projector_state().items()
@@ -371,9 +375,11 @@ class AnyGenModel(nn.Module):
             ConfigError: the configuration does not fit.
             CheckpointError: a file or key is missing, unexpected or mis-shaped; the keys are listed.
             HubError: a part cannot be found.
+            UnknownComponentError: a part is from a package that is not installed; says which.
         """
         directory = Path(directory)
         config = AnyGenConfig.load(directory / CONFIG)
+        check_parts(config, generators=False)
 
         def find(source: SourceConfig) -> Path:
             if source.path is not None:
@@ -421,14 +427,16 @@ def positions(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def _input_projector(config: InputConfig, width: int) -> InputProjector | FeatureShift:
+def input_projector(config: InputConfig, width: int) -> InputProjector | FeatureShift:
+    """Fresh, for an LLM of that width; ConfigError if its options do not fit."""
     if config.shares is not None:
         return FeatureShift(config.feature_dim)
     cls = lookup("input_projector", config.projector.name)
     return cls(_options(cls, "input_projector", config.projector), feature_dim=config.feature_dim, llm_dim=width)
 
 
-def _output_projector(config: OutputConfig, width: int) -> OutputProjector:
+def output_projector(config: OutputConfig, width: int) -> OutputProjector:
+    """Fresh, for an LLM of that width; ConfigError if its options do not fit."""
     cls = lookup("output_projector", config.projector.name)
     spec = ConditionSpec(shapes={name: tuple(shape) for name, shape in config.condition.items()})
     options = _options(cls, "output_projector", config.projector)

@@ -111,6 +111,8 @@ class AnyGenConfig(Config):
     routes: bool = True
     """Whether an answer begins with a route. If not (NExT-GPT), the adapted LLM gives every answer, and the rows of
     `<|words|>` and `<|media|>` are never read."""
+    plugins: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Package -> the parts that it brings, as "encoder pointcloud"; written when a model is saved."""
 
     def __post_init__(self) -> None:
         for modality, config in self.inputs.items():

@@ -15,6 +15,7 @@ from typing import Any
 from anygen.environment import home
 from anygen.errors import CheckpointError
 from anygen.model_config import AnyGenConfig, SourceConfig
+from anygen.plugins import installed
 from anygen.wheels import PACKAGES
 
 _LENGTH_BYTES = 8  # a safetensors file begins with the length of its header
@@ -50,6 +51,8 @@ class ModelInfo:
     """Modalities that may stand in a message."""
     makes: tuple[str, ...]
     """Modalities that may stand in an answer."""
+    plugins: tuple[str, ...] = ()
+    """Packages that it needs beside anygen; the absent ones say so."""
 
     @property
     def parameters(self) -> int:
@@ -98,6 +101,7 @@ class ModelInfo:
                 f"{self.parameters:,} parameters; trained to join the parts: {self.trained:,} ({share})",
                 "",
                 *_aligned(crosses),
+                *(["", f"needs {', '.join(self.plugins)}"] if self.plugins else []),
             ]
         )
 
@@ -135,7 +139,12 @@ def describe(directory: Path) -> ModelInfo:
         parts=tuple(parts),
         reads=("text", *config.inputs),
         makes=("text", *config.outputs),
+        plugins=tuple(package if _installed(package) else f"{package} (not installed)" for package in config.plugins),
     )
+
+
+def _installed(package: str) -> bool:
+    return any(plugin.package == package for plugin in installed())
 
 
 def _part(role: str, name: str, tensors: Mapping[str, int], folder: Path | None, licence: str) -> PartInfo:

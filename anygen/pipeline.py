@@ -38,6 +38,7 @@ from anygen.planning import (
     plan_batch,
     seeds_of,
 )
+from anygen.plugins import check_parts
 from anygen.progress import quiet_libraries
 from anygen.rendering import make_all, make_stepwise
 from anygen.reply import MadePart, PlannedPart, Reply
@@ -125,6 +126,7 @@ class AnyGenPipeline:
         directory = model_directory(name_or_dir)
         settings = AnyGenConfig.load(directory / "anygen.json")
         wanted = list(settings.outputs) if generators in (None, True) else list(cast(Any, generators) or ())
+        check_parts(settings, generators=bool(wanted))
         speed = Speed.chosen(chosen, compile=compile, graphs=graphs)
         makers = Generators.of(directory, settings, wanted, chosen, kind, offload=policy, prepare=speed.apply)
         with quiet_libraries(), memory():

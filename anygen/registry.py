@@ -77,6 +77,31 @@ def names(kind: Kind) -> list[str]:
     return sorted({name for k, name in _registered if k == kind} | set(_builtin(kind)))
 
 
+def name_of(kind: Kind, cls: type[Any]) -> str:
+    """The name under which a class is registered.
+
+    Raises:
+        UnknownComponentError: it is under none; says how to register it.
+    """
+    target = f"{cls.__module__}:{cls.__qualname__}"
+    for name, found in {**_builtin(kind), **{name: c for (k, name), c in _registered.items() if k == kind}}.items():
+        if found is cls or found == target:
+            return name
+    raise UnknownComponentError(f"{target} is not registered; decorate it with @register('{kind}', NAME)")
+
+
+def is_known(kind: Kind, name: str) -> bool:
+    """Whether `lookup` finds it; a part of anygen's own is not imported for that."""
+    if (kind, name) not in _registered and name not in _builtin(kind):
+        load_plugins()
+    return (kind, name) in _registered or name in _builtin(kind)
+
+
+def plugin_class(kind: Kind, name: str) -> type[Any] | None:
+    """The class of a part that a plugin brought; None for anygen's own and for what nobody registered."""
+    return None if name in _builtin(kind) else _registered.get((kind, name))
+
+
 def load_plugins() -> None:
     """Imports every installed entry point of the group `anygen.plugins`, once.
 

@@ -36,6 +36,8 @@ KINDS: dict[str, tuple[str, str]] = {
     "sound_diffusion": ("anygen.training.sound_diffusion", "SoundDiffusionRecipe"),
     "video_diffusion": ("anygen.training.video_diffusion", "VideoDiffusionRecipe"),
     "vocoder": ("anygen.training.vocoder", "VocoderRecipe"),
+    "new_input": ("anygen.training.new_input", "NewInputRecipe"),
+    "new_output": ("anygen.training.new_output", "NewOutputRecipe"),
 }
 """Kind -> module with a function `train(recipe, out)`, and the recipe's class."""
 
