@@ -132,8 +132,9 @@ def _add_answering(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--offload",
-        choices=("auto", "resident", "after_use"),
-        help="which generators stay in memory: those that there is room for (default), all, or none",
+        choices=("auto", "resident", "after_use", "model_offload", "sequential"),
+        help="which generators stay in memory: those that there is room for (default), all, or none; on a GPU also one "
+        "model, or one layer, at a time",
     )
 
 
@@ -149,7 +150,7 @@ def _add_info(commands: Any) -> None:
     )
     command.add_argument("--plugins", action="store_true", help="list the installed plugins and all modalities")
     command.add_argument("--presets", action="store_true", help="list the presets, recipes for full-size models")
-    command.add_argument("--memory", action="store_true", help="the memory that a preset needs, at each precision")
+    command.add_argument("--memory", action="store_true", help="the memory that it needs, at each precision")
     command.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
 
 

@@ -28,14 +28,17 @@ def info(options: argparse.Namespace) -> int:
         from anygen.cli_presets import show_preset
 
         return show_preset(PRESETS[what], memory=options.memory, as_json=options.json)
-    if options.memory:
-        raise ConfigError(f"--memory is told of presets: {', '.join(PRESETS)}")
     from anygen import hub
     from anygen.model_info import describe
 
     directory = hub.resolve(what)
     if not (directory / "anygen.json").is_file():
         raise CheckpointError(f"{directory} is not an anygen model: it has no anygen.json")
+    if options.memory:
+        from anygen.cli_presets import show_need
+        from anygen.memory_need import model_need
+
+        return show_need(model_need(directory), directory.resolve().name, as_json=options.json)
     found = describe(directory)
     print(json.dumps(found.to_dict()) if options.json else found)
     return 0

@@ -10,6 +10,8 @@ from anygen.presets import CONTEXT, GIB, PRESETS, WORKING_BYTES, Preset
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from anygen.memory_need import ModelNeed
+
 _WIDTH = 200
 """Columns of a table that nobody looks at in a terminal."""
 _HEADS = ("fp32", "bf16/fp16", "8-bit", "4-bit")
@@ -42,6 +44,28 @@ def show_preset(preset: Preset, *, memory: bool, as_json: bool) -> int:
         _show_memory(preset)
     else:
         _show_parts(preset)
+    return 0
+
+
+def show_need(need: "ModelNeed", name: str, *, as_json: bool) -> int:
+    """Prints what a model of one's own needs in memory, and what it takes at the most under each policy."""
+    from anygen.memory_need import POLICIES
+
+    totals = {policy: {p: need.total(p, policy) for p in PRECISIONS} for policy in POLICIES}
+    if as_json:
+        needs = {one.role: one.bytes for one in need.needs}
+        print(json.dumps({"name": name, "memory": {"needs": needs, "offload": totals, "unknown": need.unknown}}))
+        return 0
+    table = _table(f"{name} needs", right=_HEADS)
+    for one in need.needs:
+        table.add_row(one.role, *map(size_of, _by(one.bytes)))
+    table.add_section()
+    for policy, sizes in totals.items():
+        table.add_row(f"offload {policy}", *map(size_of, _by(sizes)))
+    _print(table)
+    if need.unknown:
+        print(f"Not counted, as it is not on this machine yet: {', '.join(need.unknown)}.")
+    print(f"Weights are counted, working memory is estimated; keys and values: {CONTEXT:,} tokens.")
     return 0
 
 

@@ -7,7 +7,7 @@ Shapes: B batch, T tokens, V vocabulary, D width.
 import inspect
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from anygen.component import check_fit, read_safetensors
+from anygen.environment import home
 from anygen.errors import CheckpointError, ConfigError
+from anygen.quantization import check_quantization, transformers_config
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -49,6 +51,8 @@ class LLM(nn.Module):
         self._takes_positions = "position_ids" in parameters
         self.cache_name = "cache" if "cache" in parameters else "past_key_values"
         """The argument that takes a cache; transformers changes the name."""
+        self.placed = False
+        """Whether its weights lie where they were put when it was loaded, and are not to be moved."""
         self._scale, self._softcap = _logit_scaling(model)
         self._check_head()
 
@@ -60,6 +64,8 @@ class LLM(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
         tokenizer: str | Path | None = None,
+        quantization: str | None = None,
+        device_map: str | Mapping[str, Any] | None = None,
     ) -> Self:
         """Loads model and tokenizer from transformers' files, by default in the type they were saved in.
 
@@ -69,17 +75,37 @@ class LLM(nn.Module):
             device: where the model goes.
             tokenizer: a directory with another tokenizer; a `generation_config.json` there (the ends of an answer)
                 replaces the model's too.
+            quantization: "8bit" or "4bit", see `anygen.quantization`.
+            device_map: spreads the model over devices, the machine's memory and the disk, as accelerate has it: "auto",
+                or module -> device.
+
+        Raises:
+            ConfigError: no package is installed that quantises, or `device_map` cannot be followed.
         """
         from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+        options: dict[str, Any] = {}
+        if (kind := check_quantization(quantization)) is not None:
+            options["quantization_config"] = transformers_config(kind, torch.device(device), dtype or torch.bfloat16)
+            device_map = device_map or {"": str(device)}
+        if device_map is not None:
+            options |= {"device_map": device_map, "offload_folder": str(home() / "offload")}
         with _bars_on_terminals_alone():
-            model = AutoModelForCausalLM.from_pretrained(
-                directory, dtype=dtype or "auto", local_files_only=True, use_safetensors=True
-            )
+            try:
+                model = AutoModelForCausalLM.from_pretrained(
+                    directory, dtype=dtype or "auto", local_files_only=True, use_safetensors=True, **options
+                )
+            except ValueError as error:
+                if device_map is None:
+                    raise
+                raise ConfigError(f"device_map: {str(error).splitlines()[0][:300]}") from error
         if tokenizer is not None and (Path(tokenizer) / "generation_config.json").exists():
             model.generation_config = GenerationConfig.from_pretrained(str(tokenizer))
         words = AutoTokenizer.from_pretrained(tokenizer or directory, local_files_only=True)
-        return cls(cast(nn.Module, model).to(device).eval(), words)  # type: ignore[arg-type]
+        placed = model if options else cast(nn.Module, model).to(device)
+        llm = cls(cast(Any, placed).eval(), words)
+        llm.placed = bool(options)
+        return llm
 
     @property
     def base(self) -> "PreTrainedModel":
@@ -111,12 +137,15 @@ class LLM(nn.Module):
     @property
     def tied(self) -> bool:
         """Whether the head reads the embedding's own weights."""
+        if cast(Tensor, self.head.weight).is_meta:  # both wait elsewhere
+            return bool(self.base.config.get_text_config().tie_word_embeddings)
         return self.head.weight is self.embedding.weight
 
     @property
     def device(self) -> torch.device:
-        """Where the embedding lives."""
-        return cast(Tensor, self.embedding.weight).device
+        """Where the embedding works."""
+        weight = cast(Tensor, self.embedding.weight)
+        return torch.device(cast(Any, self.embedding)._hf_hook.execution_device) if weight.is_meta else weight.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -168,11 +197,12 @@ class LLM(nn.Module):
             **{self.cache_name: cache},
             **positions,
         )
-        return output.last_hidden_state, output[self.cache_name] if self.cache_name in output else None
+        hidden = output.last_hidden_state.to(embeds.device)  # the last layer may be on another device
+        return hidden, output[self.cache_name] if self.cache_name in output else None
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float[..., D] -> float[..., V], exactly the model's own."""
-        return self.scale_logits(self.head(hidden))
+        return self.scale_logits(self.head(hidden).to(hidden.device))
 
     def scale_logits(self, logits: Tensor) -> Tensor:
         """What the family does to its head's output: Cohere, Granite and Falcon-H1 scale it, Gemma 2 caps it."""

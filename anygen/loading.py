@@ -136,8 +136,8 @@ def memory() -> Iterator[None]:
 
 
 _REMEDY = (
-    "not enough memory ({}); lower batch_size, pass dtype='bfloat16' or offload='after_use', restrict generators=[…], "
-    "or take device='cpu'"
+    "not enough memory ({}); lower batch_size, pass dtype='bfloat16', quantization='4bit', savers=['vae_tiling'] or "
+    "offload='sequential', restrict generators=[…], or take device='cpu'"
 )
 
 

@@ -361,6 +361,8 @@ class AnyGenModel(nn.Module):
         device: torch.device | str = "cpu",
         encoders: bool | Sequence[str] = True,
         resolve: Callable[[str], Path] | None = None,
+        quantization: str | None = None,
+        device_map: str | Mapping[str, Any] | None = None,
     ) -> Self:
         """Loads a directory that `save_pretrained` wrote, in evaluation mode.
 
@@ -370,6 +372,7 @@ class AnyGenModel(nn.Module):
             device: where everything goes.
             encoders: whether to load them, or of which modalities.
             resolve: "repo" or "repo@revision" -> directory; the hub by default.
+            quantization, device_map: of the LLM, as `LLM.from_pretrained` has them.
 
         Raises:
             ConfigError: the configuration does not fit.
@@ -387,7 +390,14 @@ class AnyGenModel(nn.Module):
             return (resolve or _hub)(f"{source.repo}@{source.revision}" if source.revision else str(source.repo))
 
         words = directory / TOKENIZER if (directory / TOKENIZER).is_dir() else None
-        llm = LLM.from_pretrained(find(config.llm), dtype=dtype, device=device, tokenizer=words)
+        llm = LLM.from_pretrained(
+            find(config.llm),
+            dtype=dtype,
+            device=device,
+            tokenizer=words,
+            quantization=quantization,
+            device_map=device_map,
+        )
         if any(directory.glob(f"{VOCABULARY}*.safetensors")):
             rows = read_safetensors(directory, VOCABULARY)
             llm.replace_vocabulary(rows["embed_tokens"], rows.get("lm_head"))
@@ -402,7 +412,10 @@ class AnyGenModel(nn.Module):
         if (directory / ADAPTER).exists():
             llm.load_adapter(directory / ADAPTER)
         model.origin = directory
-        return model.to(device).eval()
+        for child in model.children():
+            if child is not llm or not llm.placed:
+                child.to(device)
+        return model.eval()
 
 
 def fill_slots(embeds: Tensor, slots: Tensor, tokens: Tensor, modality: str) -> Tensor:

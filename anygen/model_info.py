@@ -3,11 +3,8 @@
 Nothing is loaded and nothing is fetched: the counts come from the headers of the weight files.
 """
 
-import json
-import math
 import re
-import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +13,8 @@ from anygen.environment import home
 from anygen.errors import CheckpointError
 from anygen.model_config import AnyGenConfig, SourceConfig
 from anygen.plugins import installed
+from anygen.weight_files import headers
 from anygen.wheels import PACKAGES
-
-_LENGTH_BYTES = 8  # a safetensors file begins with the length of its header
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -154,16 +150,9 @@ def _part(role: str, name: str, tensors: Mapping[str, int], folder: Path | None,
 
 def _source_part(role: str, source: SourceConfig, directory: Path, licence: str) -> PartInfo:
     """A frozen part; one that comes from elsewhere is looked for in the cache only."""
-    if source.path is not None:
-        folder, name = directory / source.path, source.path
-        if not folder.is_dir():
-            raise CheckpointError(f"the {role} is missing: there is no directory {folder}")
-        licence = _licence(folder) or licence
-    else:
-        name = str(source.repo)
-        package = PACKAGES.get(name)
-        folder = home() / "models" / f"{name}-{package.version}" if package else _in_hub_cache(source)
-        licence = (package.licence if package else "") or _licence(folder)
+    folder, name = folder_of(source, directory, role), source.path or str(source.repo)
+    package = None if source.path is not None else PACKAGES.get(name)
+    licence = (package.licence if package else "") or _licence(folder) or (licence if source.path is not None else "")
     here = folder.is_dir()
     tensors = _tensors(folder, "**/*model*.safetensors")
     size = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
@@ -175,6 +164,20 @@ def _source_part(role: str, source: SourceConfig, directory: Path, licence: str)
         bytes=size if here else None,
         licence=licence,
     )
+
+
+def folder_of(source: SourceConfig, directory: Path, role: str) -> Path:
+    """Where a part lies; a folder that is not there, if it has to be fetched first.
+
+    Raises:
+        CheckpointError: it should lie inside the model's directory, and does not.
+    """
+    if source.path is not None:
+        if not (directory / source.path).is_dir():
+            raise CheckpointError(f"the {role} is missing: there is no directory {directory / source.path}")
+        return directory / source.path
+    package = PACKAGES.get(str(source.repo))
+    return home() / "models" / f"{source.repo}-{package.version}" if package else _in_hub_cache(source)
 
 
 def _in_hub_cache(source: SourceConfig) -> Path:
@@ -193,21 +196,9 @@ def _tensors(folder: Path, pattern: str) -> dict[str, int]:
     """Tensor -> numbers in it, of all weight files that match."""
     counts: dict[str, int] = {}
     for path in sorted(folder.glob(pattern)):
-        for name, shape in _header(path):
-            counts[f"{path.parent.relative_to(folder)}:{name}"] = math.prod(shape)
+        for header in headers(path):
+            counts[f"{path.parent.relative_to(folder)}:{header.name}"] = header.numbers
     return counts
-
-
-def _header(path: Path) -> Iterator[tuple[str, list[int]]]:
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(_LENGTH_BYTES))
-            header = json.loads(file.read(length))
-        for name, tensor in header.items():
-            if name != "__metadata__":
-                yield name, tensor["shape"]
-    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError, MemoryError, OverflowError):
-        raise CheckpointError(f"{path} is not a readable safetensors file") from None
 
 
 def _below(tensors: Mapping[str, int], prefix: str) -> dict[str, int]:

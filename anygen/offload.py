@@ -5,6 +5,8 @@
 | `resident` | stays |
 | `auto` | stays until another one needs its memory; the one whose last use is longest ago goes first |
 | `after_use` | goes once its media are made |
+| `model_offload` | stays in the machine's memory; its models come to the device one at a time |
+| `sequential` | the same, layer by layer |
 
 On an accelerator to go is to move to the machine's memory, from where it comes back without being read again. On the
 CPU, or where the machine's memory is short too, it is freed and read from disk when it is wanted next. A sample does
@@ -25,9 +27,11 @@ import torch
 from anygen.errors import ConfigError, ModalityError, OutOfMemoryError
 from anygen.generators.base import Generator
 from anygen.loading import find_generator, load_generator, memory
-from anygen.model_config import AnyGenConfig
+from anygen.model_config import AnyGenConfig, OutputConfig
 
-Offload = Literal["auto", "resident", "after_use"]
+Offload = Literal["auto", "resident", "after_use", "model_offload", "sequential"]
+PLACED = ("model_offload", "sequential")
+"""Policies under which a generator itself is never on the device."""
 LEAST_ACTIVATIONS = 2**30
 """Bytes; what a generator needs beside its weights is taken for as much as these, and for so much at least."""
 _CPU = torch.device("cpu")
@@ -122,14 +126,18 @@ class Generators(Mapping[str, Generator]):
             ConfigError: there is no such policy.
         """
         sources: dict[str, GeneratorSource] = {}
+        placed = offload in PLACED and device.type == "cuda"  # elsewhere the device's memory is the machine's
+        home = _CPU if placed else device
+
+        def load(output: OutputConfig) -> Generator:
+            generator = prepare(load_generator(directory, output, home, dtype))
+            return generator.place(device, offload) if placed else generator
+
+        check_generators(directory, config, wanted)
         for modality in wanted:
-            if modality not in config.outputs:
-                has = ", ".join(config.outputs) or "none"
-                raise ModalityError(f"the model has no generator for {modality}; it has: {has}")
             output = config.outputs[modality]
-            find_generator(directory, output.generator.source, fetch=False)
             sources[modality] = GeneratorSource(
-                lambda output=output: prepare(load_generator(directory, output, device, dtype)),
+                lambda output=output: load(output),
                 lambda output=output: weight_bytes(
                     cast(Path, find_generator(directory, output.generator.source)), dtype
                 ),
@@ -152,6 +160,8 @@ class Generators(Mapping[str, Generator]):
         finally:
             with self._lock:
                 slot.users -= 1
+                if not slot.users:
+                    cast(Generator, slot.generator).release()
                 if self.offload == "after_use" and slot.idle:
                     self._put_away(slot)
 
@@ -177,7 +187,7 @@ class Generators(Mapping[str, Generator]):
         slot = self._slots[modality]
         self._uses += 1
         slot.last_use = self._uses
-        others = [] if self.offload == "resident" else self._others(slot)
+        others = [] if self.offload in ("resident", *PLACED) else self._others(slot)
         if others:
             if not slot.weights and slot.source is not None:
                 slot.weights = slot.source.weights()
@@ -225,6 +235,20 @@ class Generators(Mapping[str, Generator]):
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         return slot.weights
+
+
+def check_generators(directory: Path, config: AnyGenConfig, wanted: Sequence[str]) -> None:
+    """Refuses modalities that a model's directory cannot make.
+
+    Raises:
+        ModalityError: the model has no generator for a wanted modality.
+        CheckpointError: a generator's directory is missing.
+    """
+    for modality in wanted:
+        if modality not in config.outputs:
+            has = ", ".join(config.outputs) or "none"
+            raise ModalityError(f"the model has no generator for {modality}; it has: {has}")
+        find_generator(directory, config.outputs[modality].generator.source, fetch=False)
 
 
 def check_offload(offload: str) -> Offload:

@@ -19,15 +19,16 @@ from typing import TYPE_CHECKING, Any, Self, cast, overload
 import torch
 
 from anygen.answering import answer_stepwise
+from anygen.assembling import assemble
 from anygen.decoding import Kept, check_fits
 from anygen.errors import ConfigError, ModalityError
 from anygen.generators.base import Generator
-from anygen.loading import choose_device, choose_dtype, memory, model_directory
+from anygen.loading import memory
 from anygen.media import MediaLimits
+from anygen.memory_plan import MemoryPlan
 from anygen.messages import is_batch, parse_batch, parse_one
 from anygen.model import AnyGenModel
-from anygen.model_config import AnyGenConfig
-from anygen.offload import Generators, check_offload
+from anygen.offload import Generators
 from anygen.planning import (
     Clock,
     asked_for,
@@ -38,11 +39,9 @@ from anygen.planning import (
     plan_batch,
     seeds_of,
 )
-from anygen.plugins import check_parts
 from anygen.progress import quiet_libraries
 from anygen.rendering import make_all, make_stepwise
 from anygen.reply import MadePart, PlannedPart, Reply
-from anygen.speed import Speed
 from anygen.streaming import Event
 
 if TYPE_CHECKING:
@@ -70,6 +69,7 @@ class AnyGenPipeline:
         generators: as given; those of a directory are loaded when first used, and stay or go as `offload` says.
         limits: which media to refuse.
         allow_urls: whether messages may name media by http and https addresses.
+        memory_plan: what `from_pretrained` expects to take, and the policy that it chose; `print` it.
     """
 
     def __init__(self, model: AnyGenModel, generators: Mapping[str, Generator] | None = None) -> None:
@@ -77,6 +77,7 @@ class AnyGenPipeline:
         self.generators = generators if isinstance(generators, Generators) else Generators(generators or {})
         self.limits = MediaLimits()
         self.allow_urls = False
+        self.memory_plan: MemoryPlan | None = None
 
     @classmethod
     def from_pretrained(
@@ -90,6 +91,8 @@ class AnyGenPipeline:
         generators: Collection[str] | bool | None = None,
         compile: bool | str = False,
         graphs: bool | None = None,
+        device_map: str | Mapping[str, Any] | None = None,
+        savers: Collection[str] = (),
     ) -> Self:
         """Loads a model: the embedded default, a directory, or a name that `hub.resolve` knows.
 
@@ -101,38 +104,42 @@ class AnyGenPipeline:
             name_or_dir: None is the embedded default, anygen-mini.
             device: by default CUDA, else Apple's MPS, else the CPU.
             dtype: of LLM and generators; by default bfloat16 on CUDA and float32 elsewhere.
-            offload: which generators stay in memory. "auto", the default: all, as long as there is room; one that is
-                wanted puts away those that were used longest ago. "resident": all. "after_use": none; each goes once
-                its media are made. See `anygen.offload`.
-            quantization: reserved.
+            offload: which generators stay in memory. "auto", the default, takes what fits (`anygen.memory_plan`): all,
+                as long as there is room; one that is wanted puts away those that were used longest ago. "resident":
+                all. "after_use": none; each goes once its media are made. "model_offload", "sequential": their models,
+                or layers, come to the GPU one at a time. See `anygen.offload`.
+            quantization: "8bit" or "4bit": of the LLM's linear layers (`anygen.quantization`).
             generators: the modalities that may be made; by default all that the model has. False loads none: the
                 pipeline then plans, and another one renders.
             compile: compiles what repeats in LLM and generators; the first answer then waits for up to a minute, once a
                 machine. "whole" compiles each model at once, which is longer. See `anygen.speed`.
             graphs: CUDA graphs; by default wherever there is CUDA.
+            device_map: spreads the LLM over devices, the machine's memory and the disk, as accelerate has it.
+            savers: what takes less memory and longer in generators: "vae_slicing", "vae_tiling", "attention_slicing".
 
         Raises:
             HubError: there is no such model.
             CheckpointError: it is damaged, or is no anygen model.
-            ConfigError: device, dtype, `offload` or `compile` are unknown or not there, or `quantization` is asked for.
+            ConfigError: device, dtype, `offload` or `compile` are unknown or not there, or no package quantises.
             ModalityError: the model has no generator for one of `generators`.
+            OutOfMemoryError: the GPU is too small; says what would fit.
             UnknownComponentError: a part is from a package that is not installed; says which.
         """
-        if quantization is not None:
-            raise ConfigError(f"quantization is not supported yet, got {quantization!r}; leave it out")
-        policy = check_offload("auto" if offload is None else offload)
-        chosen = choose_device(device)
-        kind = choose_dtype(dtype, chosen)
-        directory = model_directory(name_or_dir)
-        settings = AnyGenConfig.load(directory / "anygen.json")
-        wanted = list(settings.outputs) if generators in (None, True) else list(cast(Any, generators) or ())
-        check_parts(settings, generators=bool(wanted))
-        speed = Speed.chosen(chosen, compile=compile, graphs=graphs)
-        makers = Generators.of(directory, settings, wanted, chosen, kind, offload=policy, prepare=speed.apply)
-        with quiet_libraries(), memory():
-            model = AnyGenModel.from_pretrained(directory, dtype=kind, device=chosen)
-            speed.apply_to_llm(model)
-        return cls(model, makers)
+        model, makers, plan = assemble(
+            name_or_dir,
+            device=device,
+            dtype=dtype,
+            offload=offload,
+            quantization=quantization,
+            generators=generators,
+            compile=compile,
+            graphs=graphs,
+            device_map=device_map,
+            savers=savers,
+        )
+        pipe = cls(model, makers)
+        pipe.memory_plan = plan
+        return pipe
 
     def save_pretrained(self, directory: str | Path, *, overwrite: bool = False) -> None:
         """Writes a directory that `from_pretrained` reads, with checksums, whole or not at all.

@@ -249,7 +249,8 @@ class StaticMemories:
         from transformers.cache_utils import StaticLayer
 
         base: Any = model.llm.base
-        if len(set(getattr(base, "hf_device_map", {}).values())) > 1:
+        places = set(map(str, getattr(base, "hf_device_map", {}).values()))
+        if len(places) > 1 or "disk" in places:
             return "the LLM is spread over several devices"
         if base.config.get_text_config()._attn_implementation != "sdpa":
             return f"its attention is '{base.config.get_text_config()._attn_implementation}', not 'sdpa'"

@@ -4,7 +4,7 @@ Shapes: B batch.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -44,6 +44,25 @@ class Generator(ABC):
             compile: True or "blocks" compiles what repeats; "whole" each model at once.
         """
         return self
+
+    def place(self, device: torch.device | str, placement: str) -> Self:
+        """Lets the models come to `device` one at a time (`anygen.generators.placing`); here all of them move.
+
+        Args:
+            device: where to work.
+            placement: "model_offload" or "sequential".
+        """
+        return self.to(device)
+
+    def release(self) -> None:  # noqa: B027
+        """After a call: what `place` lets come and go leaves the device."""
+
+    def save_memory(self, savers: Collection[str]) -> None:  # noqa: B027
+        """Switches on what takes less memory and longer, where the generator has it.
+
+        Raises:
+            ConfigError: one is unknown.
+        """
 
     @abstractmethod
     def encode_text(self, captions: Sequence[str]) -> Condition:

@@ -6,8 +6,8 @@ Shapes: B batch; latents are float[B, c, ...].
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Any, Self
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from anygen.errors import ConfigError
 from anygen.features import Condition
 from anygen.generators.base import Generator
+from anygen.generators.placing import Placed, Placement, save_memory
 from anygen.generators.quick import Quick, check_compile
 from anygen.stepwise import StepCallback, Steps, drained
 
@@ -50,10 +51,29 @@ class DenoisingGenerator(Generator):
         self.quick = Quick(self.models(), graphs=graphs and on_gpu, compile=kind, layout=on_gpu and kind is not None)
         return self
 
+    placed: Placed | None = None
+    """Where the models come and go, if `place` was called."""
+
+    def place(self, device: torch.device | str, placement: str) -> Self:
+        """As `Generator.place`; the models are on the CPU."""
+        models = {"UNet": self.unet, "VAE": self.vae, "vocoder": getattr(self, "vocoder", None)}
+        given = {name: model for name, model in models.items() if model is not None}
+        self.placed = Placed(given, torch.device(device), cast(Placement, placement))
+        return self
+
+    def release(self) -> None:
+        """As `Generator.release`."""
+        if self.placed is not None:
+            self.placed.release()
+
+    def save_memory(self, savers: Collection[str]) -> None:
+        """As `Generator.save_memory`."""
+        save_memory(savers, vae=self.vae, denoiser=self.unet)
+
     @property
     def device(self) -> torch.device:
-        """Where the UNet is."""
-        return self.unet.device
+        """Where the UNet works."""
+        return self.unet.device if self.placed is None else self.placed.device
 
     @torch.inference_mode()
     def generate(

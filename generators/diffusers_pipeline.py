@@ -29,11 +29,11 @@ Shapes: B batch, L condition tokens, C condition width, F frames, H W sides in p
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import copy
 from inspect import Parameter, signature
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import numpy as np
 import torch
@@ -56,6 +56,7 @@ from anygen.generators.pipeline_spec import (
     load_pipeline,
     set_solver,
 )
+from anygen.generators.placing import Placed, Placement, save_memory
 from anygen.generators.quick import Quick, check_compile
 from anygen.progress import quiet_libraries
 from anygen.stepwise import StepCallback
@@ -71,6 +72,8 @@ class DiffusersGenerator(Generator):
     spec: ClassVar[PipelineSpec]
     quick: Quick | None = None
     """The fast way, if `quicken` was called."""
+    placed: Placed | None = None
+    """Where the models come and go, if `place` was called."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -178,8 +181,8 @@ class DiffusersGenerator(Generator):
 
     @property
     def device(self) -> torch.device:
-        """Where the denoiser is."""
-        return denoiser(self.pipeline).device
+        """Where the denoiser works."""
+        return denoiser(self.pipeline).device if self.placed is None else self.placed.device
 
     @property
     def sampling_rate(self) -> int | None:
@@ -200,6 +203,22 @@ class DiffusersGenerator(Generator):
         kind = check_compile(compile)
         self.quick = Quick(models, graphs=graphs and on_gpu, compile=kind, layout=on_gpu and kind is not None)
         return self
+
+    def place(self, device: torch.device | str, placement: str) -> Self:
+        """As `Generator.place`; the models are on the CPU."""
+        parts = (denoiser(self.pipeline), *self.pipeline.components.values())
+        models = {str(id(part)): part for part in parts if isinstance(part, torch.nn.Module)}
+        self.placed = Placed(models, torch.device(device), cast(Placement, placement))
+        return self
+
+    def release(self) -> None:
+        """As `Generator.release`."""
+        if self.placed is not None:
+            self.placed.release()
+
+    def save_memory(self, savers: Collection[str]) -> None:
+        """As `Generator.save_memory`."""
+        save_memory(savers, vae=getattr(self.pipeline, "vae", None), denoiser=denoiser(self.pipeline))
 
     def to(self, device: torch.device | str) -> Self:
         """Moves every loaded part."""
@@ -324,7 +343,7 @@ class DiffusersGenerator(Generator):
         tensors, told = self.condition_spec.check(condition).tensors, {}
         model = denoiser(self.pipeline)
         for tensor in self.spec.condition:
-            rows = tensors[tensor.name].to(model.device, model.dtype)
+            rows = tensors[tensor.name].to(self.device, model.dtype)
             empty = self.unconditional[tensor.name].to(rows).expand_as(rows)
             named = ((tensor.name, tensor.mask, rows), (tensor.negative, tensor.negative_mask, empty))
             for name, mask, values in named:

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from anygen.errors import ConfigError
+from anygen.features import Condition
 from anygen.loading import choose_device, choose_dtype, load_generator
 from anygen.model_config import OutputConfig, PartConfig, SourceConfig, SourcedPartConfig
 
@@ -37,3 +38,16 @@ def test_options_that_a_generator_does_not_load_by_are_its_defaults(tiny_zerosco
     assert (load().defaults.steps, load(steps=7).defaults.steps, load(steps=7).defaults.frames) == (3, 7, 3)
     with pytest.raises(ConfigError, match="the generator 'zeroscope' has no options turbo"):
         load(turbo=True)
+
+
+def test_models_saved_in_different_types_are_loaded_in_one(tiny_zeroscope: Any, tmp_path: Path) -> None:
+    generator = tiny_zeroscope()
+    generator.unet.half()
+    generator.vae.to(torch.bfloat16)
+    generator.save_pretrained(tmp_path)
+    again = type(generator).from_pretrained(tmp_path, dtype=torch.float32)
+    assert {p.dtype for model in (again.unet, again.vae) for p in model.parameters()} == {torch.float32}
+    condition = Condition({"prompt_embeds": torch.randn(1, *again.condition_spec.shapes["prompt_embeds"])})
+    made = again.generate(condition.to(dtype=torch.bfloat16), seeds=[1], steps=1)  # a plan of another type
+    rounded = condition.to(dtype=torch.bfloat16).to(dtype=torch.float32)
+    assert made == again.generate(rounded, seeds=[1], steps=1)

@@ -13,6 +13,7 @@ from anygen import AnyGenPipeline
 from anygen.errors import ConfigError, OutOfMemoryError
 from anygen.features import Condition, ConditionSpec
 from anygen.generators.base import Generator
+from anygen.model_config import AnyGenConfig
 from anygen.offload import Generators, GeneratorSource, container_memory, free_memory, weight_bytes
 from anygen.reply import Reply
 
@@ -26,14 +27,14 @@ class Placed(Generator):
     condition_spec = ConditionSpec(shapes={})
 
     def __init__(self, device: str = "cuda") -> None:
-        self.place = torch.device(device)
+        self.at = torch.device(device)
 
     @classmethod
     def from_pretrained(cls, directory: Any, *, device: Any = "cpu", dtype: Any = torch.float32) -> "Placed":
         return cls(device)
 
     def to(self, device: torch.device | str) -> "Placed":
-        self.place = torch.device(device)
+        self.at = torch.device(device)
         return self
 
     def save_pretrained(self, directory: Any) -> None:
@@ -77,7 +78,7 @@ def three(
     generators = Generators(
         {modality: source(modality) for modality in ("image", "video", "audio")}, offload=offload, device=device
     )
-    return generators, lambda: {m: g.place.type for m, g in generators.loaded().items() if isinstance(g, Placed)}
+    return generators, lambda: {m: g.at.type for m, g in generators.loaded().items() if isinstance(g, Placed)}
 
 
 def test_generators_are_a_mapping_that_loads_on_demand() -> None:
@@ -181,7 +182,7 @@ def test_one_that_was_given_is_moved_but_never_freed(memory: Callable[..., None]
         generators = Generators({"image": image, "audio": audio}, offload="auto", device=device)
         generators["image"]
         assert generators.loaded() == {"image": image, "audio": audio}
-        assert (image.place.type, audio.place.type) == (device, place)
+        assert (image.at.type, audio.at.type) == (device, place)
 
 
 def test_loading_that_runs_out_of_memory_is_tried_again_alone(memory: Callable[..., None]) -> None:
@@ -206,8 +207,39 @@ def test_loading_that_runs_out_of_memory_is_tried_again_alone(memory: Callable[.
         generators["audio"]
 
 
+@pytest.mark.parametrize("offload", ["model_offload", "sequential"])
+def test_under_a_placement_generators_wait_in_the_machines_memory(
+    tiny_directory: Path, memory: Callable[..., None], monkeypatch: pytest.MonkeyPatch, offload: str
+) -> None:
+    memory(device=0)
+    told: list[Any] = []
+
+    def load(directory: Any, output: Any, device: torch.device, dtype: Any) -> Generator:
+        made = Placed(str(device))
+        start = str(device)
+        made.place = lambda where, how: told.append((start, str(where), how)) or made  # type: ignore
+        made.release = lambda: told.append("released")  # type: ignore[method-assign]
+        return made
+
+    monkeypatch.setattr("anygen.offload.load_generator", load)
+    config = AnyGenConfig.load(tiny_directory / "anygen.json")
+    generators = Generators.of(
+        tiny_directory, config, ["image", "audio"], torch.device("cuda"), torch.bfloat16, offload=offload
+    )
+    with generators.using("image"):
+        assert told == [("cpu", "cuda", offload)]
+    with generators.using("audio"):
+        pass
+    assert told[1:] == ["released", ("cpu", "cuda", offload), "released"] and list(generators.loaded()) == [
+        "image",
+        "audio",
+    ]
+
+
 def test_no_other_policy_is_known() -> None:
-    with pytest.raises(ConfigError, match="offload is one of auto, resident, after_use; got 'sometimes'"):
+    with pytest.raises(
+        ConfigError, match="one of auto, resident, after_use, model_offload, sequential; got 'sometimes'"
+    ):
         Generators({}, offload="sometimes")
 
 

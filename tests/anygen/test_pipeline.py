@@ -415,8 +415,8 @@ def test_options_out_of_range_are_told(pipe: AnyGenPipeline, options: Any, messa
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"offload": "cpu"}, ConfigError, "offload is one of auto, resident, after_use; got 'cpu'"),
-        ({"quantization": "int8"}, ConfigError, "quantization is not supported yet, got 'int8'; leave it out"),
+        ({"offload": "cpu"}, ConfigError, "one of auto, resident, after_use, model_offload, sequential; got 'cpu'"),
+        ({"quantization": "int8"}, ConfigError, "quantization is one of 8bit, 4bit, or left out; got 'int8'"),
         ({"device": "tpu"}, ConfigError, "there is no device 'tpu'; here there are: .*cpu"),
         ({"device": "cuda:99"}, ConfigError, "the device 'cuda:99' is not available; here there are: .*cpu"),
         ({"dtype": "int4"}, ConfigError, "dtype 'int4' is not one of float32, bfloat16, float16"),

@@ -18,7 +18,7 @@ from anygen.cli import _calm_libraries, main
 from anygen.convert_nextgpt_lines import V1, V2
 from anygen.errors import ConfigError, HubError, LicenceWarning
 from anygen.generators.pipeline_spec import PipelineDefaults
-from anygen.model import AnyGenModel, _input_projector, _output_projector
+from anygen.model import AnyGenModel, input_projector, output_projector
 from anygen.model_config import AnyGenConfig
 from anygen.preset_parts import AUDIOLDM2, PRECISIONS, VICUNA_7B, ZEROSCOPE
 from anygen.presets import CONTEXT, GIB, PRESETS, WORKING_BYTES, Preset, get
@@ -119,10 +119,10 @@ def test_the_trained_parts_are_those_of_the_model(preset: Preset) -> None:
     counts = SignalTokensConfig(counts={m: c.signal_tokens for m, c in config.outputs.items()})
     with torch.device("meta"):
         built = {
-            f"{m} input {'projector' if c.shares is None else 'shift'}": parameters(_input_projector(c, width))
+            f"{m} input {'projector' if c.shares is None else 'shift'}": parameters(input_projector(c, width))
             for m, c in config.inputs.items()
         }
-        built |= {f"{m} output projector": parameters(_output_projector(c, width)) for m, c in config.outputs.items()}
+        built |= {f"{m} output projector": parameters(output_projector(c, width)) for m, c in config.outputs.items()}
         rows = SignalTokens(counts, vocab_size=preset.llm.vocabulary, width=width, tied=preset.llm.tied)
     assert preset.trained() == built | {"signal rows": parameters(rows)}
 
@@ -396,9 +396,6 @@ def test_info_refuses_what_makes_no_sense(run: Callable[..., Any]) -> None:
     for more in (["nextgpt-7b"], ["--memory"]):
         message = "anygen: --presets lists them all; leave out the name and --memory\n"
         assert run("info", "--presets", *more) == (2, "", message)
-    assert run("info", "anygen-mini", "--memory")[2] == (
-        "anygen: --memory is told of presets: nextgpt-7b-v1, nextgpt-7b, smollm3-3b, qwen3-4b, llama-3-8b\n"
-    )
 
 
 def test_presets_are_read_without_torch() -> None:
