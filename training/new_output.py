@@ -162,8 +162,8 @@ def train(recipe: NewOutputRecipe, out: Path) -> dict[str, float]:
     """Runs the recipe and writes `out/model`.
 
     Returns:
-        Of captions that were not trained on: `distance`, the squared error of the condition as a share of the targets'
-        variance, and `made`, the share of requests that got one medium of the modality and no other, with `cases`; and
+        Of captions that were not trained on: `distance`, the squared error of the condition in that of always telling the
+        mean, and `made`, the share of requests that got one medium of the modality and no other, with `cases`; and
         `kept`, the share of old prompts whose answers still are of the same kind.
 
     Raises:
@@ -233,7 +233,8 @@ def teach(
     model.eval()
     if held:
         states = read_states(model, modality, [wording.conversation(caption, rng) for caption in held])
-        figures["distance"] = distance(model, modality, states, targets_of(generator, held))
+        mean = {name: value.mean(0) for name, value in told.items()}
+        figures["distance"] = distance(model, modality, states, targets_of(generator, held), mean)
         asked = answers(model, [[wording.ask(caption, rng)] for caption in held], max_new_tokens=40)
         figures |= {"made": sum(made(a) == [modality] for a in asked) / len(held), "cases": float(len(held))}
     if old:
@@ -328,11 +329,13 @@ def read_states(
 
 
 @torch.no_grad()
-def distance(model: AnyGenModel, modality: str, states: Tensor, targets: Mapping[str, Tensor]) -> float:
-    """Squared error of the projected states as a share of the targets' variance, the mean over the tensors."""
+def distance(
+    model: AnyGenModel, modality: str, states: Tensor, targets: Mapping[str, Tensor], mean: Mapping[str, Tensor]
+) -> float:
+    """Squared error of the projected states, in that of always telling `mean`; averaged over a condition's tensors."""
     guesses = model.project(modality, states.to(model.device)).tensors
     shares = [
-        (guesses[n].float().cpu() - aim).square().sum() / (aim - aim.mean(0)).square().sum().clamp(min=1e-9)
+        (guesses[n].float().cpu() - aim).square().sum() / (aim - mean[n]).square().sum().clamp(min=1e-9)
         for n, aim in targets.items()
     ]
     return float(torch.stack(shares).mean())

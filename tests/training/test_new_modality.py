@@ -213,7 +213,10 @@ def test_making_moves_new_rows_and_that_of_words_alone_and_learns_the_condition(
     known = [c for c in captions if c not in held(captions, recipe)]
     states = new_output.read_states(model, "smell", [conversation(caption) for caption in known])
     assert states.shape == (6, 2, 32)
-    assert new_output.distance(model, "smell", states, new_output.targets_of(Perfume(), known)) < 0.1
+    aims = new_output.targets_of(Perfume(), known)
+    mean = {"notes": aims["notes"].mean(0)}
+    assert new_output.distance(model, "smell", states, aims, mean) < 0.1
+    assert new_output.distance(model, "smell", states.flip(0), aims, mean) > 0.5, "another's states say another thing"
 
 
 def held(captions: list[str], recipe: NewOutputRecipe) -> list[str]:
