@@ -44,22 +44,19 @@ class LayerColumns:
     """What one decoder layer sees of a static cache. It knows no layer's number, so that all layers are the same code.
 
     Args:
-        layer: a `StaticLayer` of transformers, initialised.
+        layer: of `anygen.static_rows`, initialised.
     """
 
     def __init__(self, layer: Any) -> None:
+        self.place = layer.place
         # other views of the same memory: transformers marks its own as of a fixed address, which is one code a layer
         self.keys: Tensor = layer.keys.view_as(layer.keys)
         self.values: Tensor = layer.values.view_as(layer.values)
-        self.length: Tensor = layer.cumulative_length.view_as(layer.cumulative_length)
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """float[B, h, q, d] twice -> float[B, h, N, d] twice, as `StaticLayer.update`."""
-        count = keys.shape[-2]
-        columns = torch.arange(count, device=keys.device) + self.length
-        self.length.add_(count)
-        self.keys.index_copy_(2, columns, keys)
-        self.values.index_copy_(2, columns, values)
+        self.keys.index_copy_(2, self.place.columns, keys)
+        self.values.index_copy_(2, self.place.columns, values)
         return self.keys, self.values
 
 

@@ -10,16 +10,17 @@ columns   0 ...          filled ... filled + q           capacity
          | seen by rows | this step's tokens | not yet ...      |
 ```
 
-Source: transformers' `StaticCache`; gpt-fast (PyTorch, 2023), which captures a step as a whole.
+Source: transformers' `StaticCache`, whose memory this is; gpt-fast (PyTorch, 2023), which captures a step as a whole.
 Shapes: B rows, T columns of a prompt, q tokens of a step, N capacity, V vocabulary, R new tokens, D LLM width.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import StaticCache, StaticLayer
 
 from anygen.graphs import Capture, Graphed, cuda_capture
 from anygen.prompts import pad
@@ -34,6 +35,28 @@ MOST = 3
 """Memories that are kept between prompts."""
 Region = Callable[[Any], AbstractContextManager[None]]
 """Given a cache, the context in which the decoder's layers are compiled."""
+
+
+class Place:
+    """The columns that a step writes to, computed once for all layers."""
+
+    columns: Tensor
+    """long[q]."""
+
+
+class PlacedLayer(StaticLayer):
+    """A layer's keys and values; where its class counts columns by itself, layer by layer, this one is told them."""
+
+    place: Place
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """float[B, h, q, d] twice -> float[B, h, N, d] twice."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        keys, values = cast(Tensor, self.keys), cast(Tensor, self.values)
+        keys.index_copy_(2, self.place.columns, key_states)
+        values.index_copy_(2, self.place.columns, value_states)
+        return keys, values
 
 
 class StaticMemory:
@@ -58,8 +81,6 @@ class StaticMemory:
         capture: Capture | None = None,
         region: Region | None = None,
     ) -> None:
-        from transformers import StaticCache
-
         self.model, self.batch, self.capacity, self.adapted = model, batch, capacity, adapted
         self.region, self.capture = region, capture
         self.keys: list[Hashable] = []
@@ -67,6 +88,10 @@ class StaticMemory:
         device = model.device
         with torch.inference_mode():
             self.cache = StaticCache(config=model.llm.base.config, max_cache_len=capacity)
+            self.place = Place()
+            layers: list[Any] = self.cache.layers
+            for layer in layers:
+                layer.__class__, layer.place = PlacedLayer, self.place
             self.seen = torch.zeros(batch, capacity, dtype=torch.bool, device=device)
             self.next = torch.zeros(batch, dtype=torch.long, device=device)
             self.filled = torch.zeros((), dtype=torch.long, device=device)
@@ -84,8 +109,6 @@ class StaticMemory:
         self.filled.fill_(columns)
         self.next.fill_(columns)
         self.seen.copy_((self.columns < columns).expand_as(self.seen))
-        for layer in self.cache.layers:
-            layer.cumulative_length.fill_(columns)  # type: ignore[attr-defined]
 
     @torch.inference_mode()
     def copy_from(self, other: "StaticMemory") -> None:
@@ -101,7 +124,6 @@ class StaticMemory:
                 own.lazy_initialization(layer.keys[..., :1, :], layer.values[..., :1, :])
             own.keys[:, :, : other.capacity].copy_(layer.keys)
             own.values[:, :, : other.capacity].copy_(layer.values)
-            own.cumulative_length.copy_(layer.cumulative_length)
         self.keys = list(other.keys)
 
     def run(self, embeds: Tensor, real: Tensor, *, fresh: bool = False) -> Tensor:
@@ -116,14 +138,16 @@ class StaticMemory:
             float[B, q, D].
         """
         count = embeds.shape[1]
-        columns = self.filled + torch.arange(count, device=embeds.device)
+        columns = self.place.columns = self.filled + torch.arange(count, device=embeds.device)
         self.seen.index_copy_(1, columns, real)
         places = self.next.unsqueeze(1) + (real.long().cumsum(1) - 1).clamp(min=0)
         mask = None
         if not fresh:
             earlier = (self.columns <= columns.unsqueeze(1)) & self.seen.unsqueeze(1)  # [B, q, N]
             # a padded token sees itself, as nothing to see would make it NaN on some devices
-            mask = (earlier | (self.columns == columns.unsqueeze(1))).unsqueeze(1)
+            seen = (earlier | (self.columns == columns.unsqueeze(1))).unsqueeze(1)
+            # added to the scores as it is; of a mask of truth values every layer would make this anew
+            mask = torch.zeros_like(seen, dtype=embeds.dtype).masked_fill_(~seen, -torch.inf)
         hidden, _ = self.model.llm.hidden_states(embeds, attention_mask=mask, position_ids=places, cache=self.cache)
         self.next += real.sum(1)
         self.filled += count
@@ -245,9 +269,6 @@ class StaticMemories:
     @staticmethod
     def reason_against(model: "AnyGenModel") -> str | None:
         """Why a model's LLM cannot go this way; None if it can."""
-        from transformers import StaticCache
-        from transformers.cache_utils import StaticLayer
-
         base: Any = model.llm.base
         places = set(map(str, getattr(base, "hf_device_map", {}).values()))
         if len(places) > 1 or "disk" in places:

@@ -27,11 +27,15 @@ class Row:
     bar: float | None = None
     """The most that is allowed."""
     note: str = ""
+    least: float | None = None
+    """The least that is wanted."""
 
     @property
     def met(self) -> bool | None:
-        """Whether the bar holds; None without a bar or without a value."""
-        return None if self.bar is None or self.value is None else self.value <= self.bar
+        """Whether the bar, or the least, holds; None without either or without a value."""
+        if self.value is None or (self.bar is None and self.least is None):
+            return None
+        return (self.bar is None or self.value <= self.bar) and (self.least is None or self.value >= self.least)
 
 
 def seconds(work: Callable[[], Any]) -> tuple[float, Any]:
@@ -94,12 +98,13 @@ def machine() -> dict[str, Any]:
     } | packages
 
 
-def show(rows: list[Row], model: str = "anygen-mini") -> None:
-    """One table."""
+def show(rows: list[Row], model: str = "anygen-mini", told: dict[str, Any] | None = None) -> None:
+    """One table; `told` is the machine, by default as `machine` has it."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{model} on this machine", caption=", ".join(f"{k} {v}" for k, v in machine().items()))
+    caption = ", ".join(f"{k} {v}" for k, v in (told or machine()).items())
+    table = Table(title=f"{model} on this machine", caption=caption)
     table.add_column("what")
     table.add_column("measured", justify="right")
     table.add_column("bar", justify="right")
@@ -107,6 +112,7 @@ def show(rows: list[Row], model: str = "anygen-mini") -> None:
     for row in rows:
         colour = {None: "", True: "[green]", False: "[red]"}[row.met]
         bar = "" if row.bar is None else f"≤ {row.bar:g}"
+        bar = bar if row.least is None else f"≥ {row.least:g}"
         value = "-" if row.value is None else f"{colour}{row.value:.3g} {row.unit}"
         table.add_row(row.what, value, bar, row.note)
     console = Console()
