@@ -8,7 +8,7 @@ import inspect
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
 
@@ -53,6 +53,8 @@ class LLM(nn.Module):
         """The argument that takes a cache; transformers changes the name."""
         self.placed = False
         """Whether its weights lie where they were put when it was loaded, and are not to be moved."""
+        self.quantized = False
+        """Whether its linear layers are in fewer bits."""
         self._scale, self._softcap = _logit_scaling(model)
         self._check_head()
 
@@ -104,7 +106,7 @@ class LLM(nn.Module):
         words = AutoTokenizer.from_pretrained(tokenizer or directory, local_files_only=True)
         placed = model if options else cast(nn.Module, model).to(device)
         llm = cls(cast(Any, placed).eval(), words)
-        llm.placed = bool(options)
+        llm.placed, llm.quantized = bool(options), kind is not None
         return llm
 
     @property
@@ -238,6 +240,10 @@ class LLM(nn.Module):
         cast(Tensor, self.embedding.weight).copy_(embedding)
         if head is not None:
             cast(Tensor, self.head.weight).copy_(head)
+
+    def no_gradients(self) -> AbstractContextManager[Any]:
+        """The context in which the LLM is to answer; weights of some quantising packages refuse inference mode."""
+        return torch.no_grad() if self.quantized else torch.inference_mode()
 
     @property
     def has_adapter(self) -> bool:

@@ -7,9 +7,10 @@ read. The tokens are the same as without; in bfloat16 sums may round otherwise.
 Shapes: B rows of the batch, T columns, V vocabulary, R new tokens, D LLM width.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, Protocol
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,8 +21,20 @@ from anygen.prompts import Prompt, pad
 if TYPE_CHECKING:
     from transformers import DynamicCache
 
+T = TypeVar("T")
 SCORES = 2
 """Columns of the scores before those of the new tokens: the likeliest word's logit and its id."""
+
+
+def without_gradients(method: Callable[..., T]) -> Callable[..., T]:
+    """A method of something with a `model`, in the mode in which its LLM answers."""
+
+    @wraps(method)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> T:
+        with self.model.llm.no_gradients():
+            return method(self, *args, **kwargs)
+
+    return wrapped
 
 
 class Rows(Protocol):
@@ -94,7 +107,7 @@ class DynamicRows:
         self.next: list[int] = []
         self.mask = self._logits = self._scores = torch.zeros(0)
 
-    @torch.inference_mode()
+    @without_gradients
     def read(self, prompts: Sequence[Sequence[int]], media: Mapping[str, MediaInput] | None) -> None:
         """As `Rows.read`; columns that the cache holds already are not read again."""
         ids, self.mask = (tensor.to(self.model.device) for tensor in pad(prompts, 0, left=True))
@@ -102,7 +115,7 @@ class DynamicRows:
         start, self.keys = len(self.keys), list(self._given)
         self._run(self.model.embed(ids, media)[:, start:], positions(self.mask)[:, start:])
 
-    @torch.inference_mode()
+    @without_gradients
     def feed(self, pending: Sequence[Sequence[int]]) -> Tensor:
         """As `Rows.feed`."""
         ids, real = (tensor.to(self.model.device) for tensor in pad(pending, 0, left=True))
@@ -129,7 +142,7 @@ class DynamicRows:
         """As `Rows.logits`."""
         return self._logits[row]
 
-    @torch.inference_mode()
+    @without_gradients
     def keep(self, rows: Sequence[int]) -> None:
         """As `Rows.keep`."""
         if len(rows) == len(self.mask):

@@ -24,7 +24,7 @@ from transformers.cache_utils import StaticCache, StaticLayer
 
 from anygen.graphs import Capture, Graphed, cuda_capture
 from anygen.prompts import pad
-from anygen.rows import Kept, common_prefix, heads
+from anygen.rows import Kept, common_prefix, heads, without_gradients
 
 if TYPE_CHECKING:
     from anygen.model import AnyGenModel, MediaInput
@@ -86,7 +86,7 @@ class StaticMemory:
         self.keys: list[Hashable] = []
         """What the columns of a single row hold, if that is known."""
         device = model.device
-        with torch.inference_mode():
+        with model.llm.no_gradients():
             self.cache = StaticCache(config=model.llm.base.config, max_cache_len=capacity)
             self.place = Place()
             layers: list[Any] = self.cache.layers
@@ -102,7 +102,7 @@ class StaticMemory:
         if capture is not None:
             self.step = Graphed(self._step, "the LLM", capture=capture, copies=False)
 
-    @torch.inference_mode()
+    @without_gradients
     def begin(self, columns: int = 0) -> None:
         """Keeps the first columns of a single row, or none of any."""
         self.used = columns
@@ -110,7 +110,7 @@ class StaticMemory:
         self.next.fill_(columns)
         self.seen.copy_((self.columns < columns).expand_as(self.seen))
 
-    @torch.inference_mode()
+    @without_gradients
     def copy_from(self, other: "StaticMemory") -> None:
         """Takes over all columns of a smaller one."""
         self.begin(0)
@@ -192,7 +192,7 @@ class StaticRows:
         self._logits = self._scores = torch.zeros(0)
         self.asynchronous = self.model.device.type == "cuda"
 
-    @torch.inference_mode()
+    @without_gradients
     def read(self, prompts: Sequence[Sequence[int]], media: "Mapping[str, MediaInput] | None") -> None:
         """As `Rows.read`."""
         memory, keys = self.memory, self._given
@@ -209,7 +209,7 @@ class StaticRows:
         memory.used += embeds.shape[1]
         memory.keys = keys
 
-    @torch.inference_mode()
+    @without_gradients
     def feed(self, pending: Sequence[Sequence[int]]) -> Tensor:
         """As `Rows.feed`; rows that are done are fed padding."""
         longest = max(map(len, pending))
