@@ -19,7 +19,7 @@ from anygen.errors import ConfigError
 
 BACKEND = "inductor"
 """Of `torch.compile`; tests take one that needs no C++ compiler."""
-LAYER_OPTIONS = {"coordinate_descent_tuning": True}
+LAYER_OPTIONS: dict[str, Any] = {"coordinate_descent_tuning": True}
 """Of a decoder's layers: with it inductor writes its own kernels for products with one row, fused with their
 neighbours (as gpt-fast has them), where cuBLAS leaves a fifth of the bandwidth."""
 RECOMPILATIONS = 64
@@ -28,7 +28,11 @@ RECOMPILATIONS = 64
 
 def keep_compiled() -> None:
     """Points inductor's cache into anygen's, unless the user has chosen another place, and allows for many shapes."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(home() / "compiled"))
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    # inductor writes its default, which the system deletes, into the variable as soon as it is imported
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir()):
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(home() / "compiled")
     settings: Any = torch._dynamo.config
     settings.recompile_limit = max(settings.recompile_limit, RECOMPILATIONS)
 

@@ -98,6 +98,8 @@ class StaticMemory:
             self.columns = torch.arange(capacity, device=device)
         self.used = 0
         """`filled`, as the host knows it."""
+        self._told: dict[int, tuple[Tensor, Tensor]] = {}
+        """q -> the tokens of a step, on the host and on the device."""
         self.step: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]] = self._step
         if capture is not None:
             self.step = Graphed(self._step, "the LLM", capture=capture, copies=False)
@@ -153,11 +155,31 @@ class StaticMemory:
         self.filled += count
         return hidden
 
+    def feed(self, pending: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
+        """B lists of tokens, some of them empty -> what `_step` returns."""
+        longest = max(map(len, pending))
+        told = self._told.get(longest)
+        if told is None:  # a replay waits for the host, so that memory is pinned once and filled ever after
+            host = torch.empty(self.batch, longest, dtype=torch.long, pin_memory=self.filled.is_cuda)
+            told = self._told[longest] = (host, host.to(self.filled.device))
+        host, tokens = told
+        for row, ids in enumerate(pending):
+            for place, token in enumerate((-1,) * (longest - len(ids)) + tuple(ids)):
+                host[row, place] = token
+        tokens.copy_(host, non_blocking=True)
+        self.used += longest
+        return self.step(tokens)
+
     def _step(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """long[B, q], -1 for padding -> states float[B, q, D], logits float32[B, V], scores float32[B, 2 + R]."""
         embeds = self.model.signal_tokens.embed(tokens, self.model.llm.embedding)
-        hidden = self.run(embeds, tokens >= 0)
-        return hidden, *heads(self.model, hidden[:, -1])
+        with self.view(), self.region(self.cache) if self.region is not None else nullcontext():
+            hidden = self.run(embeds, tokens >= 0)
+            return hidden, *heads(self.model, hidden[:, -1])
+
+    def view(self) -> AbstractContextManager[None]:
+        """With or without the adapter."""
+        return nullcontext() if self.adapted else self.model.llm.adapter_off()
 
 
 class StaticRows:
@@ -203,7 +225,7 @@ class StaticRows:
         self.next = [len(prompt) for prompt in prompts]
         embeds = self.model.embed(ids, media)[:, start:]
         fresh = start == 0 and all(len(prompt) == ids.shape[1] for prompt in prompts)
-        with self._view():
+        with memory.view():
             hidden = memory.run(embeds, real[:, start:].bool(), fresh=fresh)
             self._logits, self._scores = heads(self.model, hidden[:, -1])
         memory.used += embeds.shape[1]
@@ -219,11 +241,8 @@ class StaticRows:
         all_rows: list[Sequence[int]] = [()] * memory.batch
         for row, tokens in zip(self.alive, pending, strict=True):
             all_rows[row] = tokens
-        tokens, _ = pad(all_rows, -1, left=True)
         known, memory.keys = memory.keys, []
-        with self._view(), memory.region(memory.cache) if memory.region is not None else nullcontext():
-            hidden, self._logits, self._scores = memory.step(tokens.to(self.model.device))
-        memory.used += longest
+        hidden, self._logits, self._scores = memory.feed(all_rows)
         if self._reusable:
             memory.keys = [*known, *pending[0]]
         self.next = [place + len(told) for place, told in zip(self.next, pending, strict=True)]
@@ -246,9 +265,6 @@ class StaticRows:
     def leave(self, kept: Kept | None) -> None:
         """As `Rows.leave`; the memory is free for the next prompt."""
         self.memories.give(self.memory)
-
-    def _view(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.adapted else self.model.llm.adapter_off()
 
 
 class StaticMemories:

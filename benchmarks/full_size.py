@@ -33,7 +33,7 @@ from full_size_model import FULL, GENERATORS, SIGNALS, TINY, Size, build, made_o
 from full_size_plain import synchronise
 from measuring import GB, Row, machine, show
 
-from anygen import AnyGenPipeline, decoding
+from anygen import AnyGenPipeline, compiling, decoding
 from anygen.decoding import DecodingConfig, decode
 from anygen.errors import ConfigError
 from anygen.features import Condition
@@ -62,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--only", metavar="PART,…", default=",".join(PARTS[:-1]), help="parts of the table")
     parser.add_argument("--compile", choices=("off", "blocks", "whole"), default="off", help="default: %(default)s")
+    parser.add_argument("--untuned", action="store_true", help="compiles the LLM's layers without tuning products")
     parser.add_argument("--no-graphs", action="store_true", help="no CUDA graphs")
     parser.add_argument("--tiny", action="store_true", help="the same classes, small")
     parser.add_argument("--quick", action="store_true", help="fewer repeats")
@@ -75,6 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     only = options.only.split(",")
     if unknown := [part for part in only if part not in PARTS]:
         parser.error(f"--only is of {', '.join(PARTS)}; got '{unknown[0]}'")
+    if options.untuned:
+        compiling.LAYER_OPTIONS = {}
     device = choose_device(options.device)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(
@@ -215,10 +218,10 @@ class Bench:
         prefill = self.median(lambda: self.say(self.size.prompt, 1))
         yield Row("LLM, first answer", first, "s", note="compilation, capture and warm-up in it")
         yield Row(f"LLM, prefill of {self.size.prompt} tokens", 1000 * prefill, "ms", note="and one token")
-        self.say(self.size.prompt, many)
-        short, long = (self.median(lambda count=count: self.say(self.size.prompt, count)) for count in (few, many))
+        self.say(TEXT, many)
+        short, long = (self.median(partial(self.say, TEXT, count)) for count in (few, many))
         rate = (many - few) / (long - short)
-        yield Row("LLM, decoding", rate, "tokens/s", note=f"batch 1, {self.size.prompt} tokens before")
+        yield Row("LLM, decoding", rate, "tokens/s", note=f"batch 1, {TEXT} tokens before, {many - few} measured")
         base: Any = self.model.llm.base
         read = sum(p.nbytes for p in base.parameters()) - self.model.llm.embedding.weight.nbytes  # type: ignore[operator]
         share = rate * read / self.bandwidth
