@@ -71,7 +71,10 @@ class Graphed:
         """What the function returns; in training it is never captured."""
         if not self.active or torch.is_grad_enabled():
             return self.function(*args, **kwargs)
-        leaves, spec = tree_flatten((args, kwargs))
+        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):  # a step of an LLM counts microseconds
+            leaves, spec = list(args), None
+        else:
+            leaves, spec = tree_flatten((args, kwargs))
         key = (spec, tuple(_described(leaf) for leaf in leaves))
         try:
             hash(key)
@@ -123,18 +126,18 @@ class _Graph:
         for own, given in zip(self.inputs, leaves, strict=True):
             if isinstance(own, Tensor):
                 own.copy_(given)
-        args, kwargs = tree_unflatten(self.inputs, spec)
-        self.replay, made = capture(lambda: function(*args, **kwargs))
-        self.outputs, self.spec = tree_flatten(made)
+        args, kwargs = (self.inputs, {}) if spec is None else tree_unflatten(self.inputs, spec)
+        self.replay, self.made = capture(lambda: function(*args, **kwargs))
+        self.outputs, self.spec = tree_flatten(self.made)
 
     def __call__(self, leaves: list[Any], *, copies: bool) -> Any:
         for own, given in zip(self.inputs, leaves, strict=True):
             if isinstance(own, Tensor):
                 own.copy_(given, non_blocking=True)
         self.replay()
-        outputs = self.outputs
-        if copies:
-            outputs = [made.clone() if isinstance(made, Tensor) else made for made in outputs]
+        if not copies:
+            return self.made
+        outputs = [made.clone() if isinstance(made, Tensor) else made for made in self.outputs]
         return tree_unflatten(outputs, self.spec)
 
 
