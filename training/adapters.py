@@ -5,20 +5,19 @@ Shapes: M media, T feature tokens, C feature width.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from anygen import hub
 from anygen.decoding import Answer, DecodingConfig, collect, decode
 from anygen.encoders.base import Encoder
 from anygen.errors import CheckpointError, ConfigError
-from anygen.features import Features
 from anygen.generators.base import Generator
 from anygen.loading import choose_device, choose_dtype
 from anygen.media import media_type
@@ -220,8 +219,6 @@ def fit(
         optimizers=(optimizer, None),
         callbacks=[_Watch(log)],
     )
-    from transformers.trainer_callback import PrinterCallback
-
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     module.eval()
@@ -249,12 +246,9 @@ def answers(
     for first in range(0, len(conversations), batch_size):
         batch = conversations[first : first + batch_size]
         prompts = [model.prompts.prompt(list(messages)) for messages in batch]
-        given = {
-            name: Features(part := values[first : first + batch_size].to(model.device), part[..., 0] == part[..., 0])
-            for name, values in (media or {}).items()
-        }
+        given = {name: values[first : first + batch_size].to(model.device) for name, values in (media or {}).items()}
         config = DecodingConfig(max_new_tokens=max_new_tokens)
-        events = decode(model, prompts, media=cast(Any, given), config=config, seeds=[0] * len(prompts))
+        events = decode(model, prompts, media=given, config=config, seeds=[0] * len(prompts))
         said += collect(events, len(prompts))
     return said
 
@@ -268,8 +262,6 @@ def finish(
     model: AnyGenModel, out: Path, generators: Mapping[str, Generator] | None = None, name: str | None = None
 ) -> Path:
     """Writes `out/model`, with all parts that the model it came from had, and what was added."""
-    from dataclasses import replace
-
     model.settings = replace(model.settings, name=name or model.settings.name)
     save_model(out / "model", model.eval(), generators or {}, overwrite=True)
     return out / "model"
