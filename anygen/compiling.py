@@ -22,6 +22,8 @@ BACKEND = "inductor"
 LAYER_OPTIONS: dict[str, Any] = {"coordinate_descent_tuning": True}
 """Of a decoder's layers: with it inductor writes its own kernels for products with one row, fused with their
 neighbours (as gpt-fast has them), where cuBLAS leaves a fifth of the bandwidth."""
+BLOCK_OPTIONS: dict[str, Any] = {}
+"""Of a generator's blocks; inductor's `max_autotune_gemm` tries its own products too, for minutes."""
 RECOMPILATIONS = 64
 """Shapes of one block that may be compiled; a UNet has a dozen."""
 
@@ -40,8 +42,18 @@ def keep_compiled() -> None:
 def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     """`function` compiled for each shape by itself: shapes are few here, and dynamic ones are slower."""
     keep_compiled()
+    return torch.compile(function, **_settings(options))
+
+
+def compile_in_place(block: nn.Module) -> None:
+    """As `compiled`, for a module that stays what it is."""
+    keep_compiled()
+    block.compile(**_settings(BLOCK_OPTIONS))
+
+
+def _settings(options: dict[str, Any]) -> dict[str, Any]:
     chosen = options if BACKEND == "inductor" and options else None
-    return torch.compile(function, backend=BACKEND, dynamic=False, options=chosen)
+    return {"backend": BACKEND, "dynamic": False, "options": chosen}
 
 
 class LayerColumns:

@@ -63,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", metavar="PART,…", default=",".join(PARTS[:-1]), help="parts of the table")
     parser.add_argument("--compile", choices=("off", "blocks", "whole"), default="off", help="default: %(default)s")
     parser.add_argument("--untuned", action="store_true", help="compiles the LLM's layers without tuning products")
+    parser.add_argument("--tune-blocks", action="store_true", help="tunes products of generators; takes minutes")
+    parser.add_argument("--cudnn-benchmark", action="store_true", help="lets cuDNN try its convolutions")
     parser.add_argument("--no-graphs", action="store_true", help="no CUDA graphs")
     parser.add_argument("--tiny", action="store_true", help="the same classes, small")
     parser.add_argument("--quick", action="store_true", help="fewer repeats")
@@ -78,6 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--only is of {', '.join(PARTS)}; got '{unknown[0]}'")
     if options.untuned:
         compiling.LAYER_OPTIONS = {}
+    if options.tune_blocks:
+        compiling.BLOCK_OPTIONS = {"max_autotune_gemm": True, "coordinate_descent_tuning": True}
+    torch.backends.cudnn.benchmark = options.cudnn_benchmark
     device = choose_device(options.device)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(
@@ -205,10 +210,13 @@ class Bench:
             values = torch.zeros(self.size.read)
         spent = self.best(lambda: side @ side)
         self.flops = 2 * self.size.matmul**3 / spent
-        spent = self.best(lambda: values.view(-1, 2**14).amax(1))
-        self.bandwidth = values.nbytes / spent
+        rows, copy = values.view(-1, 2**14), torch.empty_like(values)
+        reading = values.nbytes / min(self.best(lambda: rows.amax(1)), self.best(lambda: rows.sum(1)))
+        self.bandwidth = max(reading, 2 * values.nbytes / self.best(lambda: copy.copy_(values)))
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         yield Row("matrix product", self.flops / 1e12, "TFLOP/s", note=f"{self.size.matmul} cubed, {self.dtype}")
-        yield Row("reading", self.bandwidth / 1e12, "TB/s", note=f"{values.nbytes / GB:.2f} GB")
+        yield Row("memory", self.bandwidth / 1e12, "TB/s", note=f"{values.nbytes / GB:.2f} GB")
 
     def llm(self) -> Iterator[Row]:
         """Prefill and decoding of one prompt."""

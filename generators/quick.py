@@ -76,12 +76,11 @@ class Quick:
             forward: Any = model.forward
             if compile is not None:
                 fuse(model)
-                compiling.keep_compiled()
                 if compile == "whole":
-                    forward = compiling.compiled(forward)
+                    forward = compiling.compiled(forward, **compiling.BLOCK_OPTIONS)
                 else:
                     for block in outermost(model):
-                        block.compile(backend=compiling.BACKEND, dynamic=False)
+                        compiling.compile_in_place(block)
             if graphs:
                 forward = Graphed(forward, f"the {name}", capture=capture)
                 self.graphs.append(forward)
