@@ -54,8 +54,11 @@ def assemble(
     check_parts(settings, generators=bool(wanted))
     speed = Speed.chosen(chosen, compile=compile, graphs=graphs)
     check_generators(directory, settings, wanted)
+    need = model_need(directory, wanted=wanted)
+    if device_map is not None:  # the LLM goes where it finds room
+        need = replace(need, needs=tuple(one for one in need.needs if one.role != "LLM"))
     plan = plan_memory(
-        model_need(directory, wanted=wanted),
+        need,
         free_memory(chosen),
         chosen,
         precision=precision_of(kind, bits),

@@ -136,6 +136,8 @@ def _add_answering(command: argparse.ArgumentParser) -> None:
         help="which generators stay in memory: those that there is room for (default), all, or none; on a GPU also one "
         "model, or one layer, at a time",
     )
+    command.add_argument("--quantization", choices=("8bit", "4bit"), help="the LLM in fewer bits")
+    command.add_argument("--compile", action="store_true", help="slower to start the first time, faster from then on")
 
 
 def _add_info(commands: Any) -> None:

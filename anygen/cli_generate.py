@@ -46,7 +46,13 @@ def load(options: argparse.Namespace, *, shown: bool) -> "AnyGenPipeline":
     with spinner(f"Loading {options.model or 'anygen-mini'}", shown=shown):
         from anygen.pipeline import AnyGenPipeline
 
-        pipe = AnyGenPipeline.from_pretrained(options.model, device=options.device, offload=options.offload)
+        pipe = AnyGenPipeline.from_pretrained(
+            options.model,
+            device=options.device,
+            offload=options.offload,
+            quantization=options.quantization,
+            compile=options.compile,
+        )
     pipe.limits = limits(options)
     return pipe
 

@@ -75,6 +75,17 @@ def test_a_length_and_a_policy_may_be_asked_for(run: Run) -> None:
     assert read_metadata("out/03-all-three.wav")["seconds"] == 0.5
 
 
+def test_bits_and_compiling_may_be_asked_for(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from anygen import compiling, quantization
+
+    compiled: list[Any] = []
+    monkeypatch.setattr(compiling, "BACKEND", lambda module, _: compiled.append(module) or module.forward)
+    assert run("generate", "Say", "--compile", *SHORT)[0] == 0 and compiled
+    monkeypatch.setattr(quantization, "_installed", lambda module: False)
+    code, _, error = run("generate", "Say", "--quantization", "4bit", "--device", "cpu", *SHORT)
+    assert (code, error.count("\n")) == (2, 1) and "pip install torchao" in error
+
+
 def test_longer_clips_and_sounds_are_read_if_they_are_asked_to_be(run: Run) -> None:
     Audio(np.zeros(100 * 700, np.float32), 100).save("long.wav")
     code, out, error = run("generate", "Say", "--audio", "long.wav", *SHORT)

@@ -81,3 +81,4 @@ def test_a_model_with_a_map_answers_as_without(tiny_directory: Path, pipe: AnyGe
     spread = AnyGenPipeline.from_pretrained(tiny_directory, device="cpu", device_map={"": "cpu"})
     options: Any = {"seed": 3, "max_new_tokens": 5}
     assert spread.model.llm.placed and spread("Draw and play", **options) == pipe("Draw and play", **options)
+    assert "LLM" not in str(spread.memory_plan) and "image generator" in str(spread.memory_plan)
