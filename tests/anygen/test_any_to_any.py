@@ -146,7 +146,11 @@ def test_what_was_made_goes_back_in_and_stays_in_the_conversation(
         first,
         {"role": "user", "content": ["Say", examples["video"], first.audios[0], first.images[0]]},
     ]
-    assert anything(told, **SHORT) == second
+    wanted = anything(told, **SHORT)
+    assert (wanted.text, wanted.seed) == (second.text, second.seed)
+    assert [medium.modality for medium in wanted.media] == [medium.modality for medium in second.media]
+    for ours, theirs in zip(second.audios, wanted.audios, strict=True):  # read in two parts, sums round otherwise
+        np.testing.assert_allclose(ours.samples, theirs.samples, atol=1e-3)
 
 
 def test_forty_pictures_are_read_a_few_at_a_time_and_answered_together(
