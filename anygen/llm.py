@@ -55,6 +55,8 @@ class LLM(nn.Module):
         """Whether its weights lie where they were put when it was loaded, and are not to be moved."""
         self.quantized = False
         """Whether its linear layers are in fewer bits."""
+        self.changes = 0
+        """Counts what puts weights elsewhere, after which nothing that was captured of them holds."""
         self._scale, self._softcap = _logit_scaling(model)
         self._check_head()
 
@@ -235,11 +237,16 @@ class LLM(nn.Module):
         if head is not None:
             given["lm_head"] = head
         check_fit(wanted, given, "the replaced vocabulary")
+        self.changes += 1
         self.base.resize_token_embeddings(len(embedding), mean_resizing=False)
         self.model.requires_grad_(False)
         cast(Tensor, self.embedding.weight).copy_(embedding)
         if head is not None:
             cast(Tensor, self.head.weight).copy_(head)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        self.changes += 1  # `to` and its like
+        return super()._apply(*args, **kwargs)
 
     def no_gradients(self) -> AbstractContextManager[Any]:
         """The context in which the LLM is to answer; weights of some quantising packages refuse inference mode."""
@@ -264,6 +271,7 @@ class LLM(nn.Module):
             raise ConfigError("the LLM has an adapter already; load it without one to start another")
         if config.is_prompt_learning:
             raise ConfigError(f"{config.peft_type} adds prompt tokens; use an adapter of the layers, such as LoRA")
+        self.changes += 1
         self.model = get_peft_model(cast("PreTrainedModel", self.model), config)
         switches = BaseTunerLayer | AuxiliaryTrainingWrapper
         self._adapter_layers = [layer for layer in self.model.modules() if isinstance(layer, switches)]

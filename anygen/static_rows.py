@@ -281,6 +281,7 @@ class StaticMemories:
     ) -> None:
         self.model, self.capture, self.region = model, capture, region
         self._idle: list[StaticMemory] = []
+        self._changes = model.llm.changes
 
     @staticmethod
     def reason_against(model: "AnyGenModel") -> str | None:
@@ -298,6 +299,9 @@ class StaticMemories:
 
     def take(self, batch: int, columns: int, *, adapted: bool, keys: Sequence[Hashable] = ()) -> StaticMemory:
         """A memory for B rows of at least so many columns; the one that holds most of `keys`, if one does."""
+        if self._changes != self.model.llm.changes:
+            self.clear()
+            self._changes = self.model.llm.changes
         fitting = [m for m in self._idle if (m.batch, m.adapted) == (batch, adapted) and m.capacity >= columns]
         if fitting:
             best = max(fitting, key=lambda memory: (common_prefix(memory.keys, keys), -memory.capacity))

@@ -146,7 +146,7 @@ def test_what_was_made_goes_back_in_and_stays_in_the_conversation(
         first,
         {"role": "user", "content": ["Say", examples["video"], first.audios[0], first.images[0]]},
     ]
-    wanted = anything(told, **SHORT)
+    wanted: Any = anything(told, **SHORT)
     assert (wanted.text, wanted.seed) == (second.text, second.seed)
     assert [medium.modality for medium in wanted.media] == [medium.modality for medium in second.media]
     for ours, theirs in zip(second.audios, wanted.audios, strict=True):  # read in two parts, sums round otherwise

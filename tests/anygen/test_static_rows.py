@@ -153,6 +153,23 @@ def test_an_answer_that_is_left_gives_its_memory_back_and_two_at_a_time_have_two
     assert len(memories._idle) == 2
 
 
+def test_what_was_captured_of_weights_that_moved_is_forgotten(talker: AnyGenModel, fast: Any) -> None:
+    given, _ = prompts(talker)
+    config = DecodingConfig(max_new_tokens=10, route="media")
+    capture = fast(talker)
+
+    def answered() -> Answer:
+        return collect(decode(talker, given[:1], config=config), 1)[0]
+
+    wanted = answered()
+    assert capture.captures and talker.memories is not None
+    same(answered(), wanted)
+    captured = capture.captures
+    talker.llm.double()  # weights of another type lie elsewhere
+    same(answered(), wanted)
+    assert capture.captures > captured and talker.memories._idle[0].cache.layers[0].keys.dtype == torch.float64  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("route", ["words", "media"])
 def test_a_conversation_reads_only_what_is_new_and_says_the_same(
