@@ -11,6 +11,8 @@ LIMIT = 300
 """Seconds a cell may take on a busy machine before the kernel is stopped."""
 PARAMETERS = {"STEPS": "1"}
 """What the test puts into the cell tagged "parameters": one step is enough."""
+MORE = {"04_teach_it_a_new_sense": {"COUNT": "16"}}
+"""Notebook -> further names that are shortened there."""
 SHOWS = {"02_any_to_any": ("<video", "<audio"), "03_what_the_model_sees": ("<svg", "<audio")}
 """Notebook -> what it shows beside pictures."""
 
@@ -28,10 +30,12 @@ def test_a_notebook_runs(path: Path, embedded_default: Path, tmp_path: Path, mon
         pytest.skip(f"the embedded default of this checkout makes no {' and no '.join(lacks)}")
     notebook = nbformat.read(path, as_version=4)
     parameters = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
-    for name, value in PARAMETERS.items():
+    for name, value in (PARAMETERS | MORE.get(path.stem, {})).items():
         assert f"{name} = " in parameters.source
         parameters.source += f"\n{name} = {value}"
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]))
+    examples = [str(project.parent) for project in sorted((ROOT / "examples").glob("*/pyproject.toml"))]
+    given = filter(None, [os.environ.get("PYTHONPATH")])
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *examples, *given]))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     folder = tmp_path / "folder"
     folder.mkdir()
