@@ -162,8 +162,8 @@ def train(recipe: NewOutputRecipe, out: Path) -> dict[str, float]:
     """Runs the recipe and writes `out/model`.
 
     Returns:
-        Of captions that were not trained on: `distance`, the squared error of the condition in that of always telling the
-        mean, and `made`, the share of requests that got one medium of the modality and no other, with `cases`; and
+        Of captions that were not trained on: `distance`, the squared error of the condition in that of always telling
+        the mean, and `made`, the share of requests that got one medium of the modality and no other, with `cases`; and
         `kept`, the share of old prompts whose answers still are of the same kind.
 
     Raises:
