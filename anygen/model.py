@@ -91,7 +91,8 @@ class AnyGenModel(nn.Module):
         self.encoders = nn.ModuleDict(dict(encoders or {}))
         self.encoders.requires_grad_(False)
         self.input_projectors = nn.ModuleDict({m: input_projector(c, llm.width) for m, c in config.inputs.items()})
-        self.output_projectors = nn.ModuleDict({m: output_projector(c, llm.width) for m, c in config.outputs.items()})
+        own = {m: c for m, c in config.outputs.items() if c.shares is None}
+        self.output_projectors = nn.ModuleDict({m: output_projector(c, llm.width) for m, c in own.items()})
         self.prompts = self.build_prompts()
         self.alignment = AlignmentConfig()
         self.alignment_weight = 1.0
@@ -261,12 +262,16 @@ class AnyGenModel(nn.Module):
         return self.project(modality, hidden[starts[:, :1], columns])
 
     def project(self, modality: str, states: Tensor) -> Condition:
-        """float[M, S, D], hidden states at the signal positions -> M conditions."""
-        projector = self.output_projectors[modality]
+        """float[M, S, D], hidden states at the signal positions -> M conditions; by another's projector if shared."""
+        projector = self.output_projectors[self.projects(modality)]
         embeddings = self.run_embeddings(modality).expand(len(states), -1, -1)
         if not torch.is_autocast_enabled(states.device.type):
             states = states.to(next(projector.parameters()).dtype)
         return projector(states, embeddings.to(states.dtype))
+
+    def projects(self, modality: str) -> str:
+        """The output modality whose projector makes the conditions of this one: itself, unless it shares one."""
+        return self.settings.outputs[modality].shares or modality
 
     def run_embeddings(self, modality: str) -> Tensor:
         """float32[1, S, D], the input embeddings of a run."""

@@ -88,6 +88,13 @@ class OutputConfig(Config):
     """The generator's condition: name -> shape without the batch axis."""
     generator: SourcedPartConfig
     projector: PartConfig = PartConfig(name="text_fc")
+    shares: str | None = None
+    """Another output modality with as many signal tokens and the same condition, whose projector makes this one's
+    conditions as well. A projector reads a run's own embeddings beside its states, which tell the two apart."""
+
+    def __post_init__(self) -> None:
+        if self.shares is not None and self.projector != PartConfig(name="text_fc"):
+            raise ConfigError(f"an output has a 'projector' of its own or 'shares' that of {self.shares}, not both")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,6 +136,24 @@ class AnyGenConfig(Config):
                     f"{modality} cannot share the projector of {owner}: "
                     f"its features are {config.feature_dim} wide, those of {owner} {width}"
                 )
+        for modality, config in self.outputs.items():
+            if config.shares is not None:
+                self._check_shared(modality, config, config.shares)
+
+    def _check_shared(self, modality: str, config: OutputConfig, owner: str) -> None:
+        owners = {name: other for name, other in self.outputs.items() if other.shares is None}
+        if owner not in owners:
+            raise ConfigError(
+                f"{modality} shares the projector of {owner}, which has none; "
+                f"outputs with a projector of their own: {', '.join(owners) or 'none'}"
+            )
+        told = [(one.signal_tokens, one.condition) for one in (config, owners[owner])]
+        if told[0] != told[1]:
+            (tokens, condition), (own_tokens, own_condition) = told
+            raise ConfigError(
+                f"{modality} cannot share the projector of {owner}: it has {tokens} signal tokens and the condition "
+                f"{condition}, {owner} has {own_tokens} and {own_condition}"
+            )
 
     @property
     def inputs(self) -> dict[str, InputConfig]:

@@ -126,7 +126,8 @@ def describe(directory: Path) -> ModelInfo:
         parts.append(_part(f"{modality} input projector", kind, own, None, licence))
     for modality, making in config.outputs.items():
         own = _below(projectors, f"output.{modality}.")
-        parts.append(_part(f"{modality} output projector", making.projector.name, own, None, licence))
+        kind = making.projector.name if making.shares is None else f"that of {making.shares}"
+        parts.append(_part(f"{modality} output projector", kind, own, None, licence))
         parts.append(_source_part(f"{modality} generator", making.generator.source, directory, licence))
     return ModelInfo(
         name=config.name or directory.resolve().name,

@@ -287,11 +287,14 @@ def fit_projector(
 
 def with_low_rank(model: AnyGenModel, rank: int, modalities: Sequence[str]) -> AnyGenModel:
     """The same model with untrained `LowRankProjector`s for these modalities."""
+    for name, output in model.settings.outputs.items():
+        if output.shares in modalities and name not in modalities:
+            raise ConfigError(f"{name} shares the projector of {output.shares}: fit both or neither")
     changed = {}
     for name in modalities:
         modality = model.settings.modalities[name]
         assert modality.output is not None
-        output = replace(modality.output, projector=PartConfig(name="low_rank", options={"rank": rank}))
+        output = replace(modality.output, projector=PartConfig(name="low_rank", options={"rank": rank}), shares=None)
         changed[name] = replace(modality, output=output)
     config = replace(model.settings, modalities=model.settings.modalities | changed)
     other = AnyGenModel(config, model.llm, cast(Any, dict(model.encoders)))
@@ -345,16 +348,17 @@ class _Objective(nn.Module):
 
     def __init__(self, model: AnyGenModel, modalities: Sequence[str]) -> None:
         super().__init__()
-        self.projectors = nn.ModuleDict({name: model.output_projectors[name] for name in modalities})
+        self.owners = {name: model.projects(name) for name in modalities}
+        self.projectors = nn.ModuleDict({name: model.output_projectors[name] for name in self.owners.values()})
         self.metrics = {name: model.metrics[name] for name in modalities}
         self.embeddings = {name: model.run_embeddings(name).detach() for name in modalities}
 
     def forward(self, states: dict[str, Tensor], targets: dict[str, dict[str, Tensor]]) -> Tensor:
         """modality -> float[B, S, D], and name -> float[B, L, C] -> float32[], the sum of the modalities' losses."""
         losses = []
-        for name, projector in self.projectors.items():
+        for name, owner in self.owners.items():
             given = states[name].float()
-            condition: Condition = projector(given, self.embeddings[name].expand(len(given), -1, -1))
+            condition: Condition = self.projectors[owner](given, self.embeddings[name].expand(len(given), -1, -1))
             aim = {key: value.float() for key, value in targets[name].items()}
             losses.append(condition_loss(condition.tensors, aim, AlignmentConfig(mse=1.0), metrics=self.metrics[name]))
         return torch.stack(losses).sum()

@@ -102,6 +102,9 @@ class InstructionRecipe(Config):
     """Output modality -> S, 4 where none is given, as NExT-GPT's for images."""
     projector_widths: dict[str, int] = field(default_factory=dict)
     """Output modality -> width of its output projector, 256 where none is given; 160 has 40 % of its bytes."""
+    shared_projectors: dict[str, str] = field(default_factory=dict)
+    """Output modality -> the one whose output projector makes its conditions as well, as clips' and pictures' are of
+    one text encoder."""
     projector_layers: int = 2
     lora_rank: int = 8
     lora_alpha: int = 16
@@ -296,7 +299,8 @@ def settings(
             signal_tokens=recipe.signal_tokens.get(modality, 4),
             condition={name: tuple(shape) for name, shape in generator.condition_spec.shapes.items()},
             generator=SourcedPartConfig(name=GENERATORS[modality], source=SourceConfig(path=f"generators/{modality}")),
-            projector=transformer(modality),
+            projector=PartConfig(name="text_fc") if modality in recipe.shared_projectors else transformer(modality),
+            shares=recipe.shared_projectors.get(modality),
         )
         for modality, generator in generators.items()
     }

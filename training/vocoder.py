@@ -180,7 +180,11 @@ def train(recipe: VocoderRecipe, out: Path) -> dict[str, float]:
     log.write(pool=len(pool), parameters=sum(p.numel() for p in vocoder.parameters()))
     maker, critic = (
         torch.optim.AdamW(
-            part.parameters(), lr=recipe.learning_rate, betas=(0.8, 0.99), weight_decay=1e-3, fused=device.type == "cuda"
+            part.parameters(),
+            lr=recipe.learning_rate,
+            betas=(0.8, 0.99),
+            weight_decay=1e-3,
+            fused=device.type == "cuda",
         )
         for part in (vocoder, judges)
     )

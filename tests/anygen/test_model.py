@@ -281,6 +281,26 @@ def test_two_modalities_share_one_projector_which_is_saved_once(
     assert all(p.grad is not None for name in ("image", "video") for p in model.input_projectors[name].parameters())
 
 
+def test_two_modalities_share_one_output_projector_and_are_told_apart_by_their_runs(
+    tiny_llm: Callable[..., LLM], tiny_config: AnyGenConfig, tmp_path: Path
+) -> None:
+    image = tiny_config.outputs["image"]
+    shared = replace(image, projector=PartConfig(name="text_fc"), shares="image")
+    modalities = tiny_config.modalities | {"video": ModalityConfig(output=shared)}
+    model = AnyGenModel(replace(tiny_config, modalities=modalities), tiny_llm()).initialize(seed=0).eval()
+    states = torch.randn(2, image.signal_tokens, model.llm.width)
+    by_video, by_image = (model.project(m, states).tensors["prompt_embeds"] for m in ("video", "image"))
+    runs = model.run_embeddings("video").expand(2, -1, -1)
+    wanted = model.output_projectors["image"](states, runs).tensors["prompt_embeds"]
+    torch.testing.assert_close(by_video, wanted, rtol=0, atol=0)
+    assert not torch.allclose(by_video, by_image)
+    resolve = write(model, tmp_path)
+    model.save_pretrained(tmp_path / "model")
+    assert not [key for key in read_safetensors(tmp_path / "model", "projectors") if key.startswith("output.video")]
+    again = AnyGenModel.from_pretrained(tmp_path / "model", encoders=False, resolve=resolve)
+    torch.testing.assert_close(again.project("video", states).tensors["prompt_embeds"], by_video, rtol=0, atol=0)
+
+
 def test_missing_and_stray_keys_are_listed(tiny_model: Make, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 

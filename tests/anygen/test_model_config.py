@@ -68,6 +68,26 @@ def test_an_input_shares_a_projector_that_there_is() -> None:
         reads(image={}, video={"shares": "image", "projector": {"name": "mlp"}})
 
 
+def makes(**outputs: dict[str, object]) -> AnyGenConfig:
+    shape = {"signal_tokens": 4, "condition": {"prompt_embeds": [6, 8]}}
+    generator = {"name": "stable_diffusion", "source": {"path": "generators/image"}}
+    modalities = {m: {"output": shape | {"generator": generator} | own} for m, own in outputs.items()}
+    return AnyGenConfig.from_dict(SHORT | {"modalities": modalities})
+
+
+def test_an_output_shares_the_projector_of_one_with_the_same_condition() -> None:
+    config = makes(image={"projector": {"name": "mlp"}}, video={"shares": "image"})
+    assert config.outputs["video"].shares == "image" and config.outputs["image"].shares is None
+    with pytest.raises(ConfigError, match="video shares the projector of audio, which has none; .* their own: image"):
+        makes(image={}, video={"shares": "audio"})
+    with pytest.raises(ConfigError, match="audio cannot share the projector of image: it has 2 signal tokens and .* 4"):
+        makes(image={}, audio={"shares": "image", "signal_tokens": 2})
+    with pytest.raises(ConfigError, match=r"condition \{'prompt_embeds': \(7, 8\)\}, image has 4 and .*\(6, 8\)"):
+        makes(image={}, video={"shares": "image", "condition": {"prompt_embeds": [7, 8]}})
+    with pytest.raises(ConfigError, match="an output has a 'projector' of its own or 'shares' that of image, not both"):
+        makes(image={}, video={"shares": "image", "projector": {"name": "mlp"}})
+
+
 def test_reading_it_needs_no_torch() -> None:
     code = "import sys, anygen.model_config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -25,6 +25,7 @@ from anygen.training.video_diffusion import (
     _Objective,
     build_parts,
     build_unet,
+    channels_last,
     copy_spatial,
     encode_clips,
     is_temporal,
@@ -32,6 +33,7 @@ from anygen.training.video_diffusion import (
     shares_of,
     still_clips,
     train,
+    without_time,
 )
 
 Run = tuple[Path, dict[str, float]]
@@ -88,6 +90,31 @@ def test_untrained_temporal_layers_do_nothing_so_frames_are_drawn_as_pictures(re
         for frame in range(3):
             picture = pictures(clips[:, :, frame], times, encoder_hidden_states=embeds).sample
             torch.testing.assert_close(drawn[:, :, frame], picture, rtol=0, atol=2e-5)
+
+
+def test_leaving_the_temporal_layers_out_changes_nothing_while_they_are_untrained(recipe: VideoDiffusionRecipe) -> None:
+    torch.manual_seed(0)
+    unet = build_unet(recipe, latent_channels=4, latent_side=4, text_width=32).eval()
+    noisy, embeds = torch.randn(2, 4, 3, 4, 4), torch.randn(2, 5, 32)
+    with torch.no_grad():
+        wanted = unet(noisy, 7, encoder_hidden_states=embeds).sample
+        torch.testing.assert_close(without_time(unet)(noisy, 7, encoder_hidden_states=embeds).sample, wanted)
+        for name, parameter in unet.named_parameters():
+            if is_temporal(name):
+                parameter.normal_()
+        torch.testing.assert_close(unet(noisy, 7, encoder_hidden_states=embeds).sample, wanted)
+
+
+def test_the_layout_for_tensor_cores_changes_no_value(recipe: VideoDiffusionRecipe) -> None:
+    torch.manual_seed(0)
+    unet = build_unet(recipe, latent_channels=4, latent_side=4, text_width=32).eval()
+    noisy, embeds = torch.randn(1, 4, 3, 4, 4), torch.randn(1, 5, 32)
+    with torch.no_grad():
+        wanted = unet(noisy, 7, encoder_hidden_states=embeds).sample
+        torch.testing.assert_close(channels_last(unet)(noisy, 7, encoder_hidden_states=embeds).sample, wanted)
+    convolution = unet.down_blocks[0].temp_convs[0].conv1[-1]
+    assert convolution.weight.is_contiguous(memory_format=torch.channels_last_3d)
+    assert unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_an_image_unet_of_other_widths_is_refused(
