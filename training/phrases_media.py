@@ -308,3 +308,104 @@ INTO = {
     ),
 }  # fmt: skip
 """Output modality -> requests to make it of what was shown or made before."""
+INTO_FROM = {
+    ("audio", "image"): (
+        "Draw what makes this sound", "Which thing sounds like that? Draw it", "Paint the source of this recording",
+        "A picture of what I am hearing, please", "Illustrate this recording", "I hear this. What does it look like?",
+        "Turn the audio into an image", "Guess what this is and draw it", "Make a drawing from this sound",
+        "draw the sound", "What could be making this? Show me a picture", "From this noise, make a picture",
+        "Close your eyes, listen, and draw what comes to mind", "Let me see the thing that I hear",
+        "Picture the thing in this recording", "audio to image", "An illustration for this sound effect, please",
+        "Hear this? Sketch whatever it is", "I recorded this outside. Show me what it was, as a picture",
+    ),
+    ("audio", "video"): (
+        "Make a video of what makes this sound", "Animate the thing that I hear", "A clip of the source of this noise",
+        "Turn the recording into a video", "Which thing sounds like that? Show it moving", "audio to video",
+        "Give this recording a moving picture", "I hear this. Let me watch it move", "From this sound, make a clip",
+        "Make an animation for this sound effect", "Show me in a clip what is making this", "Bring this noise to life",
+        "Listen to this and animate it", "What is it that I hear? Show me a short video of it",
+        "A short film of the thing in this recording, please", "video of whatever makes that noise",
+    ),
+    ("image", "audio"): (
+        "Play the sound of the thing in the picture", "What does the thing in this picture sound like?",
+        "Let me hear what I see here", "Turn the image into sound", "image to audio", "Make this picture audible",
+        "Which sound belongs to this picture? Play it", "I see it, now I want to hear it", "Add sound to this picture",
+        "If this picture could make a noise, which would it be?", "Sound effect for this drawing, please",
+        "Make the noise of what is drawn here", "Give this icon a sound", "What would it sound like? Let me hear",
+        "Look at this and play its sound", "The sound of this thing, please", "play the thing in the image",
+        "I want to hear the thing that I am showing you", "Make a recording of what you see in this picture",
+    ),
+    ("image", "video"): (
+        "Make this picture move", "Animate the drawing", "Turn the image into a clip", "image to video",
+        "Make a short video from this picture", "Show the thing in this picture in motion",
+        "Let the thing in the picture move", "A clip of what is drawn here, please",
+        "I want to watch this picture move",
+        "Look at this and make a film of it", "Bring the drawing to life", "animate the pic",
+        "From this still, make a clip", "Give me an animation of the thing in the image",
+    ),
+    ("video", "image"): (
+        "Draw what the clip shows", "Make a drawing of the thing in this video",
+        "A single picture of it, without motion",
+        "Turn the clip into a picture", "video to image", "Show me the same as a still picture",
+        "Paint the thing from the video", "Freeze this and draw it", "I want a photo of what moves in this clip",
+        "Look at this clip and sketch the thing", "An illustration of what is filmed here, please",
+        "Stop the motion: just one picture of it", "make a pic of what is in the clip",
+        "A poster for this video: draw the thing in it", "What is in the clip? Draw it",
+    ),
+    ("video", "audio"): (
+        "Play the sound of what the clip shows", "Give the video its sound", "Turn the clip into sound",
+        "video to audio", "Which sound belongs to this clip? Play it", "Make the noise of the thing in the video",
+        "Let me hear what is filmed here", "The video has no sound track. Make one", "Dub this clip",
+        "What would I hear if I stood there? Let me hear it", "Look at this clip and make its sound",
+        "Sound for this video, please", "play what the thing in the clip sounds like", "I watch it, now let me hear it",
+    ),
+}  # fmt: skip
+"""(given modality, output modality) -> requests that speak of the medium that is given."""
+IN_NOUNS = {
+    "image": ("a picture of {}", "an image of {}", "a drawing of {}", "a sketch of {}", "an illustration of {}"),
+    "video": ("a clip of {}", "a video of {}", "a short film of {}", "an animation of {}"),
+    "audio": ("the sound of {}", "a recording of {}", "an audio clip of {}", "the noise of {}"),
+}  # fmt: skip
+"""Output modality -> what a thing is asked for as."""
+NOUNS_JOINED = (
+    (
+        "I would like {0} plus {1}.", "Give me {0} and {1}.", "{0}, then {1}, please",
+        "For my lesson I need {0} and {1}.",
+        "Make me {0} as well as {1}.", "Two things: {0}, {1}.", "{0} and {1}", "Could I have {0} and also {1}?",
+        "Please produce {0} and, after it, {1}.", "{0} first, and {1} second", "I am after {0} and {1}.",
+        "Send me {0} along with {1}.",
+    ),
+    (
+        "I would like {0}, {1} and {2}.", "Give me {0}, then {1}, then {2}.", "{0}, {1}, {2}, please",
+        "Three things: {0}, {1}, {2}.", "For my lesson I need {0}, {1} and {2}.", "Make {0}, {1} and finally {2}.",
+        "First {0}, second {1}, third {2}", "Could I have {0}, {1} and also {2}?",
+    ),
+)  # fmt: skip
+"""Two or three nouns in a row."""
+TURNED_ROUND = (
+    "{1}, but first {0}", "{1}. Before that, {0}", "{1}, only after this: {0}", "{1} - but {0} comes first",
+    "In the end {1}, to begin with {0}", "{1}; however, start with this: {0}", "Do not {1} before you {0}",
+)  # fmt: skip
+"""Two requests of which the second is to be done first."""
+ONE_THING = {
+    "image": (
+        "draw it", "show it in a picture", "make a picture of it", "sketch it", "paint it",
+        "show me what it looks like",
+    ),
+    "video": ("animate it", "film it", "make a clip of it", "show it moving", "make a video of it", "let it move"),
+    "audio": (
+        "let me hear it", "play its sound", "play it", "make its noise", "let me hear what it sounds like",
+        "make the sound that it makes",
+    ),
+}  # fmt: skip
+"""Output modality -> requests about the thing that was just named."""
+ONE_THING_WHOLE = (
+    "{x} in every way you can: {m}", "Tell me all about {x} with {m}", "{m}, all of {x}", "{X}: {m}",
+    "My child has never met {x}. Make {m}", "I want {x} as {m}", "Introduce {x} to me: {m}", "Make {m} of {x}",
+)  # fmt: skip
+"""{m}: the kinds of media, in order."""
+KINDS_OF = {
+    "image": ("a picture", "an image", "a drawing"),
+    "video": ("a clip", "a video", "an animation"),
+    "audio": ("a sound", "a recording", "some audio"),
+}

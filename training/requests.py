@@ -28,7 +28,17 @@ from anygen.training.phrases import (
     REPLY,
     SMALL,
 )
-from anygen.training.phrases_media import AGAIN_JOINTS, INTO
+from anygen.training.phrases_media import (
+    AGAIN_JOINTS,
+    IN_NOUNS,
+    INTO,
+    INTO_FROM,
+    KINDS_OF,
+    NOUNS_JOINED,
+    ONE_THING,
+    ONE_THING_WHOLE,
+    TURNED_ROUND,
+)
 from anygen.training.wishes import Wish, Wishes, by_modality
 
 
@@ -66,15 +76,16 @@ def told(text: str) -> Message:
 
 
 MIXTURE = {
-    "make": 0.36,
-    "make_several": 0.07,
-    "ask": 0.24,
+    "make": 0.31,
+    "make_several": 0.08,
+    "one_thing": 0.03,
+    "ask": 0.2,
     "again": 0.05,
-    "change": 0.08,
-    "into": 0.05,
+    "change": 0.06,
+    "into": 0.12,
     "cannot": 0.02,
-    "talk": 0.12,
-    "talk_after": 0.04,
+    "talk": 0.08,
+    "talk_after": 0.03,
     "media_after": 0.02,
 }
 """Kind of conversation -> share."""
@@ -110,9 +121,10 @@ class Conversations:
         self.pools: dict[str, list[Seen]] = {}
         for seen in pool:
             self.pools.setdefault(seen.modality, []).append(seen)
+        self.linked: dict[tuple[str, str], list[Seen]] = {}
         if unknown := sorted(set(mixture or ()) - set(MIXTURE)):
             raise ConfigError(f"unknown kinds of conversation: {', '.join(unknown)}; known: {', '.join(MIXTURE)}")
-        impossible = {"into"} if len(self.wishes) < 2 else set()
+        impossible = {"into", "one_thing"} if len(self.wishes) < 2 else set()
         if not self.pools:
             impossible |= {"ask", "again"}
         self.mixture = {k: v for k, v in (MIXTURE if mixture is None else mixture).items() if k not in impossible}
@@ -120,6 +132,7 @@ class Conversations:
         self.forms: dict[str, Callable[[random.Random], Conversation]] = {
             "make": self._make,
             "make_several": self._make_several,
+            "one_thing": self._one_thing,
             "ask": self._ask_about,
             "again": self._make_again,
             "change": self._change,
@@ -176,11 +189,43 @@ class Conversations:
         if [wish.modality for wish in wishes] == ["image", "image"] and rng.random() < 0.5:
             x, y = (wish.words for wish in wishes)
             text = rng.choice(PAIR).format(x=x, y=y, X=x[:1].upper() + x[1:])
+        elif rng.random() < 0.25:
+            nouns = [rng.choice(IN_NOUNS[wish.modality]).format(wish.words) for wish in wishes]
+            text = rng.choice(NOUNS_JOINED[len(wishes) - 2]).format(*nouns)
         else:
             clauses = [self.wishes[wish.modality].clause(wish.words, rng) for wish in wishes]
-            text = rng.choice(JOIN[len(wishes) - 2]).format(*clauses) + rng.choice(["", ".", ".", "!", "?", " please"])
+            joints = TURNED_ROUND if len(wishes) == 2 and rng.random() < 0.12 else JOIN[len(wishes) - 2]
+            text = rng.choice(joints).format(*clauses) + rng.choice(["", ".", ".", "!", "?", " please"])
         made = [(wish.modality, wish.content) for wish in wishes]
         return Conversation([user(typed(text, rng)), self.answer(*made)])
+
+    def _one_thing(self, rng: random.Random) -> Conversation:
+        """One thing in two or three modalities, in the order asked; the thing is named once."""
+        modalities = rng.sample(self.modalities, 2 if len(self.modalities) < 3 or rng.random() < 0.7 else 3)
+        if (known := self._known(modalities, rng)) is None:
+            return self._make_several(rng)
+        name, contents = known
+        x = with_article(name)
+        if rng.random() < 0.3:
+            kinds = [rng.choice(KINDS_OF[modality]) for modality in modalities]
+            listed = ", ".join(kinds[:-1]) + " and " + kinds[-1]
+            text = rng.choice(ONE_THING_WHOLE).format(x=x, X=x[:1].upper() + x[1:], m=listed)
+        else:
+            first, *others = modalities
+            clauses = [self.wishes[first].clause(x, rng), *(rng.choice(ONE_THING[modality]) for modality in others)]
+            text = rng.choice(JOIN[len(modalities) - 2]).format(*clauses) + rng.choice(["", ".", ".", "!", " please"])
+        return Conversation([user(typed(text, rng)), self.answer(*zip(modalities, contents, strict=True))])
+
+    def _known(self, modalities: Sequence[str], rng: random.Random) -> tuple[str, list[Any]] | None:
+        """A thing that can be made in each of these modalities, and its contents; None if none was found."""
+        # of all that is seen, little is heard as well
+        source = self.wishes["audio" if "audio" in modalities else modalities[0]]
+        for _ in range(64):
+            name = source.named(source.wish(rng, plain=1.0).content)
+            contents = [self.wishes[modality].of(name, rng) for modality in modalities]
+            if None not in contents:
+                return name, contents
+        return None
 
     def _ask_about(self, rng: random.Random) -> Conversation:
         return Conversation(self._asked(rng))
@@ -210,17 +255,31 @@ class Conversations:
         return Conversation([*opening, user(typed(change, rng)), self.answer((wish.modality, wanted))])
 
     def _into(self, rng: random.Random) -> Conversation:
-        """What was shown, heard or made, in another modality; a thing that has no sound is said to have none."""
-        if self.pools and rng.random() < 0.6:
+        """What was shown, heard or made, in another modality; a thing that has no sound is said to have none.
+
+        Most things that are seen have no sound, but who asks for one mostly has a thing that has.
+        """
+        possible = rng.random() < 0.9
+        opening: list[Message] = []
+        seen: Seen | None = None
+        if self.pools and rng.random() < 0.7:
             seen = self._seen(rng)
-            source, content = seen.modality, seen.content
-            opening: list[Message] = []
+            source, target = seen.modality, self._other_than(seen.modality, rng)
+            if possible and (linked := self._linked(source, target)):
+                seen = rng.choice(linked)
+            content = seen.content
         else:
-            wish, seen = self._wish(rng, plain=0.8), None
-            source, content = wish.modality, wish.content
-            opening = self.ask_for(source, content, wish.words, rng).messages
-        target = rng.choice([modality for modality in self.modalities if modality != source])
-        asked = user(typed(rng.choice(INTO[target]), rng), seen, last=rng.random() < 0.5)
+            wish = self._wish(rng, plain=0.8)
+            source, content, words = wish.modality, wish.content, wish.words
+            target = self._other_than(source, rng)
+            made = self.wishes[target].of(self.wishes[source].named(content), rng)
+            if possible and made is None and (known := self._known([source, target], rng)):
+                words, (content, _) = with_article(known[0]), known[1]
+            opening = self.ask_for(source, content, words, rng).messages
+        wordings = INTO[target]
+        if seen is not None and rng.random() < 0.55:
+            wordings = INTO_FROM[source, target]
+        asked = user(typed(rng.choice(wordings), rng), seen, last=rng.random() < 0.5)
         name = self.wishes[source].named(content)
         wanted = self.wishes[target].of(name, rng)
         if wanted is None:
@@ -228,6 +287,17 @@ class Conversations:
         else:
             reply = self.answer((target, wanted))
         return Conversation([*opening, asked, reply])
+
+    def _other_than(self, source: str, rng: random.Random) -> str:
+        return rng.choice([modality for modality in self.modalities if modality != source])
+
+    def _linked(self, source: str, target: str) -> list[Seen]:
+        """The media of the pool whose thing can be made in the other modality."""
+        if (source, target) not in self.linked:
+            named, of, rng = self.wishes[source].named, self.wishes[target].of, random.Random(0)
+            names = {name: of(name, rng) is not None for name in {named(seen.content) for seen in self.pools[source]}}
+            self.linked[source, target] = [seen for seen in self.pools[source] if names[named(seen.content)]]
+        return self.linked[source, target]
 
     def _cannot(self, rng: random.Random) -> Conversation:
         """Something that cannot be made, and what can."""
