@@ -12,7 +12,7 @@ from anygen.encoders.base import Encoder
 from anygen.errors import ConfigError
 from anygen.extension import made_condition, prompt_tokens
 from anygen.generators.base import Generator
-from anygen.model import AnyGenModel, input_projector, output_projector
+from anygen.model import AnyGenModel
 from anygen.model_config import (
     AnyGenConfig,
     InputConfig,
@@ -22,6 +22,7 @@ from anygen.model_config import (
     SourceConfig,
     SourcedPartConfig,
 )
+from anygen.model_parts import input_projector, output_projector
 from anygen.registry import name_of
 from anygen.signal_tokens import SignalTokens, SignalTokensConfig
 

@@ -22,19 +22,16 @@ from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
 from anygen.component import SHARD, load_strict, read_safetensors
-from anygen.config import Config
 from anygen.encoders.base import Encoder
-from anygen.errors import CheckpointError, ConfigError, ModalityError
-from anygen.features import Condition, ConditionSpec, Features
+from anygen.errors import ConfigError, ModalityError
+from anygen.features import Condition, Features
 from anygen.llm import LLM
 from anygen.losses import IGNORED, AlignmentConfig, condition_loss, token_loss
 from anygen.messages import MediaPart
-from anygen.model_config import AnyGenConfig, InputConfig, OutputConfig, PartConfig, SourceConfig, SourcedPartConfig
+from anygen.model_config import AnyGenConfig, SourceConfig
+from anygen.model_parts import input_projector, load_encoder, output_projector, resolve_by_hub
 from anygen.plugins import check_parts, with_plugins
-from anygen.projectors.base import InputProjector, OutputProjector
-from anygen.projectors.input import FeatureShift
 from anygen.prompts import PromptBuilder, slot_ids
-from anygen.registry import Kind, lookup
 from anygen.signal_tokens import SignalTokens, SignalTokensConfig
 
 if TYPE_CHECKING:
@@ -392,7 +389,9 @@ class AnyGenModel(nn.Module):
         def find(source: SourceConfig) -> Path:
             if source.path is not None:
                 return directory / source.path
-            return (resolve or _hub)(f"{source.repo}@{source.revision}" if source.revision else str(source.repo))
+            return (resolve or resolve_by_hub)(
+                f"{source.repo}@{source.revision}" if source.revision else str(source.repo)
+            )
 
         words = directory / TOKENIZER if (directory / TOKENIZER).is_dir() else None
         llm = LLM.from_pretrained(
@@ -407,7 +406,7 @@ class AnyGenModel(nn.Module):
             rows = read_safetensors(directory, VOCABULARY)
             llm.replace_vocabulary(rows["embed_tokens"], rows.get("lm_head"))
         wanted = list(config.inputs) if encoders is True else list(encoders or [])
-        loaded = {m: _load_encoder(config.inputs[m].encoder, find) for m in wanted}
+        loaded = {m: load_encoder(config.inputs[m].encoder, find) for m in wanted}
         model = cls(config, llm, loaded)
         projectors = read_safetensors(directory, PROJECTORS)
         shell = nn.ModuleDict({"input": model.input_projectors, "output": model.output_projectors})
@@ -443,42 +442,6 @@ def fill_slots(embeds: Tensor, slots: Tensor, tokens: Tensor, modality: str) -> 
 def positions(attention_mask: Tensor) -> Tensor:
     """bool or long[B, T] -> long[B, T], the number of tokens before each; padding counts as nothing."""
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-
-
-def input_projector(config: InputConfig, width: int) -> InputProjector | FeatureShift:
-    """Fresh, for an LLM of that width; ConfigError if its options do not fit."""
-    if config.shares is not None:
-        return FeatureShift(config.feature_dim)
-    cls = lookup("input_projector", config.projector.name)
-    return cls(_options(cls, "input_projector", config.projector), feature_dim=config.feature_dim, llm_dim=width)
-
-
-def output_projector(config: OutputConfig, width: int) -> OutputProjector:
-    """Fresh, for an LLM of that width; ConfigError if its options do not fit."""
-    cls = lookup("output_projector", config.projector.name)
-    spec = ConditionSpec(shapes={name: tuple(shape) for name, shape in config.condition.items()})
-    options = _options(cls, "output_projector", config.projector)
-    return cls(options, llm_dim=width, signal_tokens=config.signal_tokens, spec=spec)
-
-
-def _options(cls: type[Any], kind: Kind, part: PartConfig) -> Config:
-    try:
-        return cls.config_class.from_dict(part.options)
-    except ConfigError as error:
-        raise ConfigError(f"options of the {kind} '{part.name}': {error}") from None
-
-
-def _load_encoder(config: SourcedPartConfig, find: Callable[[SourceConfig], Path]) -> Encoder:
-    directory = find(config.source)
-    if not directory.is_dir():
-        raise CheckpointError(f"the encoder '{config.name}' is missing: there is no directory {directory}")
-    return lookup("encoder", config.name).from_pretrained(directory, **config.options)
-
-
-def _hub(name: str) -> Path:
-    from anygen import hub
-
-    return hub.resolve(name)
 
 
 def _leave_out_frozen(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:

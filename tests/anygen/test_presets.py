@@ -18,8 +18,9 @@ from anygen.cli import _calm_libraries, main
 from anygen.convert_nextgpt_lines import V1, V2
 from anygen.errors import ConfigError, HubError, LicenceWarning
 from anygen.generators.pipeline_spec import PipelineDefaults
-from anygen.model import AnyGenModel, input_projector, output_projector
+from anygen.model import AnyGenModel
 from anygen.model_config import AnyGenConfig
+from anygen.model_parts import input_projector, output_projector
 from anygen.preset_parts import AUDIOLDM2, PRECISIONS, VICUNA_7B, ZEROSCOPE
 from anygen.presets import CONTEXT, GIB, PRESETS, WORKING_BYTES, Preset, get
 from anygen.registry import lookup
