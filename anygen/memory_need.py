@@ -156,6 +156,8 @@ def _generator(folder: Path) -> dict[str, int]:
     for name, place in places.items():
         if whole or not name.startswith(TEXT_PARTS):
             models[name] = sum(header.numbers for path in place.glob("*.safetensors") for header in headers(path))
+    if (spatial := models.pop("spatial", None)) is not None:  # layers of the UNet that lie elsewhere
+        models["unet"] = models.get("unet", 0) + spatial
     models["own"] = sum(header.numbers for path in folder.glob("*.safetensors") for header in headers(path))
     return models
 

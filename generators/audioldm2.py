@@ -61,6 +61,7 @@ class SoundDefaults(SamplingDefaults):
     lacks."""
 
     def __post_init__(self) -> None:
+        SamplingDefaults.__post_init__(self)
         if self.refinement < 0:
             raise ConfigError(f"refinement counts rounds, 0 or more, got {self.refinement}")
 

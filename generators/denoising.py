@@ -1,6 +1,7 @@
 """What every latent-diffusion generator does whatever its conditions are: noise, guided sampling, the training target.
 
-Source: Rombach et al. 2022 (arXiv:2112.10752); classifier-free guidance, Ho & Salimans 2022 (arXiv:2207.12598).
+Source: Rombach et al. 2022 (arXiv:2112.10752); classifier-free guidance, Ho & Salimans 2022 (arXiv:2207.12598), in an
+interval of the noise levels, Kynkäänniemi et al. 2024 (arXiv:2404.07724).
 Differs: each sample's noise is drawn from its own seed, so that a sample does not depend on its batch.
 Shapes: B batch; latents are float[B, c, ...].
 """
@@ -32,7 +33,7 @@ class DenoisingGenerator(Generator):
     scheduler: Any
     """Copied by `guided_sampling`, so that calls do not share state."""
     defaults: Any
-    """With `steps` and `guidance_scale`, for calls that state none."""
+    """With `steps` and `guidance_scale`, for calls that state none, and `guidance_interval`."""
 
     quick: Quick | None = None
     """The fast way, if `quicken` was called."""
@@ -169,11 +170,12 @@ class DenoisingGenerator(Generator):
         scheduler = type(self.scheduler).from_config(self.scheduler.config)
         scheduler.set_timesteps(steps, device=self.device)
         latents = noise() * scheduler.init_noise_sigma
-        predict = predictor(guided := guidance > 1)
-        for step, time in enumerate(scheduler.timesteps):
-            predicted = predict(
-                scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, time), time
-            )
+        (begin, end), count = self.defaults.guidance_interval, len(scheduler.timesteps)
+        guides = [guidance > 1 and begin <= step / count < end for step in range(count)]
+        predictors = {guided: predictor(guided) for guided in set(guides)}
+        for step, (time, guided) in enumerate(zip(scheduler.timesteps, guides, strict=True)):
+            given = scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, time)
+            predicted = predictors[guided](given, time)
             if guided:
                 without, with_text = predicted.chunk(2)
                 predicted = without + guidance * (with_text - without)

@@ -6,6 +6,8 @@ memory; and a folder may name a part of another generator's folder instead of ho
 
     shared.json   {"vae": "../image/vae", "text_encoder": "../image/text_encoder", "tokenizer": "../image/tokenizer"}
 
+"spatial" among them is the folder of an image UNet, whose layers a UNet over clips has between its own.
+
 Shapes: B batch, L condition tokens, C condition width, c latent channels, h w latent sides, H W sides in pixels;
 latents are [B, c, h, w], or [B, c, F, h, w] where a medium has F frames.
 """
@@ -33,7 +35,8 @@ if TYPE_CHECKING:
 
 EMBEDS = "prompt_embeds"
 SHARED = "shared.json"
-_SHAREABLE = ("vae", "text_encoder", "tokenizer")
+SPATIAL = "spatial"
+_SHAREABLE = ("vae", "text_encoder", "tokenizer", SPATIAL)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +47,13 @@ class SamplingDefaults(Config):
     """Denoising steps."""
     guidance_scale: float = 7.5
     """Weight of the conditional direction; 1 switches guidance off."""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """The part of the way from noise (0) to the sample (1) that is guided; the steps beside it cost half."""
+
+    def __post_init__(self) -> None:
+        begin, end = self.guidance_interval
+        if not 0 <= begin < end <= 1:
+            raise ConfigError(f"guidance_interval: two numbers that rise between 0 and 1, not {[begin, end]}")
 
 
 class TextConditioner:
@@ -124,13 +134,13 @@ class LatentDiffusionGenerator(DenoisingGenerator):
         directory = Path(directory)
         shared = read_shared(directory)
         where = {part: directory / shared.get(part, part) for part in ("vae", "unet", "scheduler", *_SHAREABLE)}
-        for part in ("vae", "unet", "scheduler"):
+        for part in ("vae", "unet", "scheduler", *(part for part in (SPATIAL,) if part in shared)):
             if not where[part].is_dir():
                 shown = f"'{part}'" if part not in shared else f"'{part}' at {shared[part]}, where {SHARED} has it"
                 raise CheckpointError(f"{directory} is not a {cls.folder_name} folder: it has no {shown}")
         try:
             vae: Any = diffusers.AutoencoderKL.from_pretrained(where["vae"], torch_dtype=dtype)
-            unet: Any = getattr(diffusers, cls.unet_class).from_pretrained(where["unet"], torch_dtype=dtype)
+            unet = cls.load_unet(where["unet"], dtype, where[SPATIAL] if SPATIAL in shared else None)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{directory}: {error}") from error
         scheduler = diffusers.DPMSolverMultistepScheduler.from_pretrained(where["scheduler"])
@@ -165,8 +175,8 @@ class LatentDiffusionGenerator(DenoisingGenerator):
 
         Args:
             directory: is made.
-            shared: part ("vae", "text_encoder" or "tokenizer") -> the folder, relative to `directory`, that holds it
-                already. The caller vouches for its being the same; nothing is copied.
+            shared: part ("vae", "text_encoder", "tokenizer" or "spatial") -> the folder, relative to `directory`, that
+                holds it already. The caller vouches for its being the same; nothing is copied.
 
         Raises:
             ConfigError: `shared` names another part, an absolute path, or a folder that is not there.
@@ -180,7 +190,7 @@ class LatentDiffusionGenerator(DenoisingGenerator):
             raise ConfigError(f"shared parts: there is no folder {directory / absent[0]}")
         if "vae" not in shared:
             save_part(self.vae, directory / "vae")
-        save_part(self.unet, directory / "unet")
+        self.save_unet(directory / "unet", spatial=SPATIAL not in shared)
         self.scheduler.save_pretrained(directory / "scheduler")
         if "text_encoder" not in shared:
             self.text.encoder.save_pretrained(directory / "text_encoder", max_shard_size=SHARD)
@@ -199,6 +209,29 @@ class LatentDiffusionGenerator(DenoisingGenerator):
             "vae": ["diffusers", "AutoencoderKL"],
         }
         _write_json(directory / "model_index.json", dict(sorted((dict(self.pipeline_index) | parts).items())))
+
+    @classmethod
+    def load_unet(cls, directory: Path, dtype: torch.dtype, spatial: Path | None) -> Any:
+        """The UNet, whose spatial layers lie in `spatial` if that is given.
+
+        Raises:
+            CheckpointError: the class has no UNet that could take them from there, or a weight does not fit.
+        """
+        import diffusers
+
+        if spatial is not None:
+            raise CheckpointError(f"{directory}: a {cls.unet_class} cannot have its spatial layers from another UNet")
+        return getattr(diffusers, cls.unet_class).from_pretrained(directory, torch_dtype=dtype)
+
+    def save_unet(self, directory: Path, *, spatial: bool) -> None:
+        """Writes the UNet, without its spatial layers if `spatial` is not set.
+
+        Raises:
+            ConfigError: the class has no UNet that could be without them.
+        """
+        if not spatial:
+            raise ConfigError(f"'{SPATIAL}': a {self.unet_class} cannot have its spatial layers from another UNet")
+        save_part(self.unet, directory)
 
     @property
     def text(self) -> TextConditioner:

@@ -54,6 +54,8 @@ class PipelineDefaults(SamplingDefaults):
                 f"there must be at least 1 step and 1 frame, and a positive fps, not steps={self.steps}, "
                 f"frames={self.frames}, fps={self.fps:g}"
             )
+        if self.guidance_interval != (0.0, 1.0):
+            raise ConfigError("guidance_interval: a pipeline of diffusers guides in all its steps")
         if self.solver not in (None, "dpm++"):
             raise ConfigError(f"solver is 'dpm++' or left out, got '{self.solver}'")
 

@@ -4,13 +4,16 @@ Source: Wang et al. 2023 (arXiv:2308.06571), whose UNet adds temporal convolutio
 The sampling loop equals `TextToVideoSDPipeline` given `prompt_embeds` and `negative_prompt_embeds`, and does not need
 that class, which diffusers keeps as deprecated (tests/generators/test_zeroscope.py holds it to that).
 Differs: frames are decoded a few at a time, which bounds the memory and changes nothing, as the VAE sees each frame
-alone. What differs besides stands in `anygen.generators.latent`.
+alone. The UNet may hold an image UNet's layers and leave temporal ones out (`anygen.generators.clip_unet`). What
+differs besides stands in `anygen.generators.latent`.
 
 Shapes: B batch, F frames, L condition tokens, C condition width, c latent channels, h w latent sides, H W frame sides.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +21,8 @@ from torch import Tensor
 
 from anygen.errors import ConfigError
 from anygen.features import Condition
-from anygen.generators.latent import LatentDiffusionGenerator, SamplingDefaults, TextConditioner
+from anygen.generators.clip_unet import has_own_layout, load_clip_unet, save_temporal, whole
+from anygen.generators.latent import LatentDiffusionGenerator, SamplingDefaults, TextConditioner, save_part
 from anygen.stepwise import Steps
 
 __all__ = ["ClipDefaults", "TextConditioner", "ZeroscopeGenerator"]
@@ -39,6 +43,7 @@ class ClipDefaults(SamplingDefaults):
     """Frames a second that the UNet learned motion at."""
 
     def __post_init__(self) -> None:
+        SamplingDefaults.__post_init__(self)
         if self.frames < 1 or not self.fps > 0:
             raise ConfigError(f"a clip has at least 1 frame and a positive fps, not {self.frames} and {self.fps:g}")
 
@@ -52,6 +57,25 @@ class ZeroscopeGenerator(LatentDiffusionGenerator):
     pipeline_index: ClassVar[Mapping[str, Any]] = {"_class_name": "TextToVideoSDPipeline"}
     defaults_class: ClassVar[type[SamplingDefaults]] = ClipDefaults
     defaults: ClipDefaults
+
+    @classmethod
+    def load_unet(cls, directory: Path, dtype: torch.dtype, spatial: Path | None) -> Any:
+        """The UNet: diffusers' as it stands, or one composed of an image UNet and temporal layers.
+
+        Raises:
+            CheckpointError: a weight is missing, left over or of another shape.
+        """
+        config = directory / "config.json"
+        if spatial is None and not (config.exists() and has_own_layout(json.loads(config.read_text(encoding="utf-8")))):
+            return super().load_unet(directory, dtype, spatial)
+        return load_clip_unet(directory, dtype, spatial)
+
+    def save_unet(self, directory: Path, *, spatial: bool) -> None:
+        """Writes the UNet with all layers that diffusers' class has, or, without `spatial`, its temporal ones alone."""
+        if spatial:
+            save_part(whole(self.unet) if has_own_layout(self.unet.config) else self.unet, directory)
+        else:
+            save_temporal(self.unet, directory)
 
     @torch.inference_mode()
     def sampling(

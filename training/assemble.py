@@ -15,8 +15,13 @@ logger = logging.getLogger("anygen.training")
 MODEL, ENCODER = "model", "imagebind"
 GENERATORS = {"image": "generator", "video": "video/generator", "audio": "sound/generator"}
 """Output modality -> where its recipe writes the generator."""
-SHARED = {"vae": "../image/vae", "text_encoder": "../image/text_encoder", "tokenizer": "../image/tokenizer"}
-"""Parts of the video generator that are the image generator's."""
+SHARED = {
+    "vae": "../image/vae",
+    "text_encoder": "../image/text_encoder",
+    "tokenizer": "../image/tokenizer",
+    "spatial": "../image/unet",
+}
+"""Parts of the video generator that are the image generator's, the spatial layers of its UNet among them."""
 MOST_BYTES, MOST_BYTES_A_FILE = 120 << 20, 16 << 20
 
 
@@ -82,14 +87,24 @@ def _write_sharing(video: Path, image: Path, place: Path) -> None:
 
     The image generator's decoder may have been trained further: latents and captions are what has to be the same.
     """
+    from anygen.generators.clip_unet import as_spatial, is_temporal
     from anygen.generators.zeroscope import ZeroscopeGenerator
 
     latents = ("encoder.", "quant_conv.")
-    for part, stem, kept in (("vae", "diffusion_pytorch_model", latents), ("text_encoder", "model", ("",))):
+    for part, stem, kept in (
+        ("vae", "diffusion_pytorch_model", latents),
+        ("text_encoder", "model", ("",)),
+        ("unet", "diffusion_pytorch_model", ("",)),
+    ):
         own, other = (
-            {key: value for key, value in read_safetensors(folder / part, stem).items() if key.startswith(kept)}
+            {
+                k: v
+                for k, v in read_safetensors(folder / part, stem).items()
+                if k.startswith(kept) and not is_temporal(k)
+            }
             for folder in (video, image)
         )
+        other = as_spatial(other, own)
         if own.keys() != other.keys() or not all(torch.equal(own[key].half(), other[key].half()) for key in own):
             raise CheckpointError(
                 f"the video generator in {video} was trained on another {part} than that of the image generator in "

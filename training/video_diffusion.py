@@ -1,12 +1,12 @@
-"""Trains the video generator of the embedded default: a UNet over clips, in the image generator's own spaces.
+"""Trains the video generator of the embedded default: temporal layers in the image generator's UNet.
 
-The image generator's autoencoder and text encoder are used as they are, so that clips and pictures share the latents
-and the conditions. Three kinds of clips are mixed: icons in synthetic motion, icons that were drawn moving, and
-pictures that stay still, which carry counts, places and words that the others lack. With `frames: 1` the same recipe
-learns pictures far faster, its temporal layers left out, for a run over clips to start from.
+Autoencoder, text encoder and the UNet's spatial layers are the image generator's and stay as they are: clips show what
+pictures show, and what is learned is how they move. Three kinds of clips are mixed: icons in synthetic motion, icons
+that were drawn moving, and pictures that stay still, which carry counts, places and words that the others lack.
 
-Source: Wang et al. 2023 (arXiv:2308.06571), the architecture; Blattmann et al. 2023 (arXiv:2304.08818), temporal layers
-that start as the identity in a UNet that draws pictures. Objective as `diffusion`'s.
+Source: Guo et al. 2023 (arXiv:2307.04725) and Blattmann et al. 2023 (arXiv:2304.08818), temporal layers that start as
+the identity in a frozen UNet that draws pictures; Wang et al. 2023 (arXiv:2308.06571), the layers. Objective as
+`diffusion`'s.
 
 Shapes: B clips, F frames, L tokens, c latent channels, h w latent sides, S side in pixels.
 """
@@ -22,7 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from anygen.component import check_fit
 from anygen.errors import ConfigError
+from anygen.generators.clip_unet import animated, temporal_state
 from anygen.generators.latent import TextConditioner
 from anygen.generators.stable_diffusion import StableDiffusionGenerator
 from anygen.generators.zeroscope import ClipDefaults, ZeroscopeGenerator
@@ -47,9 +49,6 @@ from anygen.training.loop import (
 from anygen.training.motion import FPS, FRAMES, MotionSource, canonical_clip, said_of_clip, varied_clip
 from anygen.training.pictures import PictureSource, load_icons
 
-HEAD = 16
-"""Channels of an attention head; at 8, a step takes a sixth longer on a CPU."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VideoDiffusionRecipe(LatentDiffusionRecipe):
@@ -58,7 +57,7 @@ class VideoDiffusionRecipe(LatentDiffusionRecipe):
     icons: str
     """Directory of the built icon set."""
     generator: str
-    """Directory of a trained image generator, whose autoencoder and text encoder are used."""
+    """Directory of a trained image generator, whose autoencoder, text encoder and spatial layers are used."""
     animations: str | None = None
     """Directory of the built animations; needed if the mix has a share of them."""
     checksum: str | None = None
@@ -66,15 +65,13 @@ class VideoDiffusionRecipe(LatentDiffusionRecipe):
     animations_checksum: str | None = None
     """The animations' checksum; None accepts any."""
     start: str | None = None
-    """Directory of a generator trained by such a recipe, to go on from; its own sizes then hold."""
-    start_image: str | None = None
-    """Directory of an image generator whose UNet gives the spatial layers that have its shapes."""
+    """Directory of a generator trained by such a recipe, whose temporal layers are the start."""
+    temporal_levels: tuple[int, ...] | None = (0, 1)
+    """Levels that have temporal layers, as in `clip_unet`; None: all that diffusers' class has. Only convolutions know
+    the order of the frames, only attention sees all of them: a level has both, where the image UNet attends."""
     frames: int = FRAMES
-    """1 leaves the temporal layers out, which begin as the identity: the spatial ones learn from pictures."""
     side: int = 128
     """Of a frame, in pixels."""
-    channels: tuple[int, ...] = (64, 96, 128)
-    layers_per_block: int = 1
     moving: int = 60_000
     """Clips of synthetic motion that are encoded once and drawn from."""
     animated: int = 14_000
@@ -94,59 +91,6 @@ class VideoDiffusionRecipe(LatentDiffusionRecipe):
             raise ConfigError(f"mix: three shares that sum to 1 are wanted, not {list(self.mix)}")
         if self.mix[1] > 0 and self.animations is None:
             raise ConfigError("mix: a share of animated clips needs animations, the directory that holds them")
-        if self.start is not None and self.start_image is not None:
-            raise ConfigError("start and start_image exclude each other: a video generator has its spatial layers")
-
-
-def build_unet(recipe: VideoDiffusionRecipe, latent_channels: int, latent_side: int, text_width: int) -> Any:
-    """The untrained UNet, laid out as the image generator's; its temporal layers do nothing yet."""
-    from diffusers import UNet3DConditionModel
-
-    unet: Any = UNet3DConditionModel(
-        sample_size=latent_side,
-        in_channels=latent_channels,
-        out_channels=latent_channels,
-        down_block_types=("CrossAttnDownBlock3D", "CrossAttnDownBlock3D", "DownBlock3D"),
-        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D", "CrossAttnUpBlock3D"),
-        block_out_channels=recipe.channels,
-        layers_per_block=recipe.layers_per_block,
-        cross_attention_dim=text_width,
-        attention_head_dim=HEAD,
-        norm_num_groups=32,
-    )
-    for name, parameter in unet.named_parameters():
-        if is_temporal(name) and ".proj_out." in f".{name}":  # the convolutions' last layer is zero already
-            nn.init.zeros_(parameter)
-    return unet
-
-
-def is_temporal(name: str) -> bool:
-    """Whether a parameter of a `UNet3DConditionModel` is of a layer that an image UNet lacks."""
-    return name.startswith("transformer_in.") or ".temp_convs." in name or ".temp_attentions." in name
-
-
-def without_time(unet: Any) -> Any:
-    """Leaves the temporal layers of a `UNet3DConditionModel` out of its passes; they are kept and saved as they are.
-
-    Attention over one frame would cost more than all else: a sequence of length 1 for every place of every picture.
-    """
-    from diffusers.models.resnet import TemporalConvLayer
-    from diffusers.models.transformers.transformer_temporal import TransformerTemporalModel
-
-    for module in unet.modules():
-        if isinstance(module, TemporalConvLayer):
-            module.forward = _kept  # type: ignore[method-assign]
-        elif isinstance(module, TransformerTemporalModel):
-            module.forward = _kept_alone  # type: ignore[method-assign]
-    return unet
-
-
-def _kept(hidden_states: Tensor, **_: Any) -> Tensor:
-    return hidden_states
-
-
-def _kept_alone(hidden_states: Tensor, **_: Any) -> tuple[Tensor]:
-    return (hidden_states,)
 
 
 def channels_last(module: nn.Module) -> nn.Module:
@@ -158,49 +102,20 @@ def channels_last(module: nn.Module) -> nn.Module:
     return module
 
 
-def copy_spatial(unet: Any, image_unet: Any) -> int:
-    """Copies what has the same name and shape from a `UNet2DConditionModel`; a 1×1 convolution fits a linear layer.
-
-    The clips' UNet then draws each frame as the pictures' did, but for its attention where a level is not 128 wide:
-    diffusers' 3D UNet cuts a level into heads of `HEAD` channels, `diffusion.build_unet`'s into 8 heads.
-
-    Returns:
-        The number of parameters copied.
+def build_unet(recipe: VideoDiffusionRecipe, image: StableDiffusionGenerator) -> Any:
+    """The UNet to train, in float32: the image generator's, frozen, with temporal layers that do nothing yet or go on.
 
     Raises:
-        ConfigError: nothing fits.
+        ConfigError: the image UNet has what a UNet over clips cannot have, or no such levels.
+        CheckpointError: there is no generator in `recipe.start`, or its temporal layers are others.
     """
-    given, copied = image_unet.state_dict(), 0
-    with torch.no_grad():
-        for name, parameter in unet.named_parameters():
-            value = given.get(name)
-            if value is not None and value.shape[:2] == parameter.shape[:2] and value.numel() == parameter.numel():
-                parameter.copy_(value.view_as(parameter))
-                copied += parameter.numel()
-    # Biases and norms may have a fitting length by chance; no weight of the entry means other widths.
-    if given["conv_in.weight"].shape != unet.conv_in.weight.shape:
-        theirs, own = (tuple(u.config.block_out_channels) for u in (image_unet, unet))
-        raise ConfigError(f"start_image: its UNet has channels {theirs}, this one {own}: nothing to start from")
-    return copied
-
-
-def build_parts(recipe: VideoDiffusionRecipe, image: StableDiffusionGenerator) -> tuple[Any, int]:
-    """The UNet to train, in float32, and how many of its parameters an image UNet gave.
-
-    Raises:
-        CheckpointError: there is no generator where the recipe has one.
-        ConfigError: the start draws other latents than the image generator's, or nothing of it fits.
-    """
-    latent_channels, text_width = image.vae.config.latent_channels, image.unconditional.shape[-1]
+    unet = animated(image.unet, recipe.temporal_levels)
+    unet.register_to_config(sample_size=recipe.side // image.factor)
     if recipe.start is not None:
-        unet = ZeroscopeGenerator.from_pretrained(recipe.start).unet
-        if (drawn := unet.config.in_channels) != latent_channels:
-            raise ConfigError(f"{recipe.start} draws {drawn} latent channels, the autoencoder has {latent_channels}")
-        return unet, 0
-    unet = build_unet(recipe, latent_channels, recipe.side // image.factor, text_width)
-    if recipe.start_image is None:
-        return unet, 0
-    return unet, copy_spatial(unet, StableDiffusionGenerator.from_pretrained(recipe.start_image).unet)
+        given = temporal_state(ZeroscopeGenerator.from_pretrained(recipe.start).unet)
+        check_fit(temporal_state(unet), given, f"start: the temporal part of {recipe.start}")
+        unet.load_state_dict(given, strict=False)
+    return unet
 
 
 def encode_clips(vae: Any, pixels: Tensor) -> Tensor:
@@ -345,20 +260,20 @@ def train(recipe: VideoDiffusionRecipe, out: Path) -> dict[str, float]:
     device, log = accelerator.device, RunLog(out, "video_diffusion")
     icons = load_icons(recipe.icons, recipe.checksum)
     image = StableDiffusionGenerator.from_pretrained(recipe.generator)
-    (unet, given), scheduler = build_parts(recipe, image), build_scheduler()
+    unet, scheduler = build_unet(recipe, image), build_scheduler()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     vae = image.vae.to(device, memory_format=torch.channels_last)
     vae = vae.bfloat16() if dtype is torch.bfloat16 else vae
     pool = ClipPool(recipe, icons, vae, image.text, device)
     log.write(pool=len(pool), latent_std=pool.parts[0][1].latents[:4096].float().std().item())
-    temporal = sum(p.numel() for name, p in unet.named_parameters() if is_temporal(name))
-    log.write(unet=sum(p.numel() for p in unet.parameters()), temporal=temporal, from_image=given)
+    sizes = {learns: sum(p.numel() for p in unet.parameters() if p.requires_grad is learns) for learns in (False, True)}
+    log.write(spatial=sizes[False], temporal=sizes[True])
     text = image.text.encoder.requires_grad_(False)
-    if recipe.frames == 1:
-        without_time(unet)
-    objective: Any = channels_last(
-        _Objective(unet.train(), text, scheduler.alphas_cumprod, recipe.min_snr, recipe.condition_noise).to(device)
-    )
+    objective: Any = _Objective(
+        unet.train(), text, scheduler.alphas_cumprod, recipe.min_snr, recipe.condition_noise
+    ).to(device)
+    if device.type == "cuda":  # on a CPU nothing is gained, and PyTorch 2.13 crashes in frozen convolutions' backward
+        channels_last(objective)
     average = AveragedWeights(objective.unet, recipe.ema)
 
     def pack() -> ZeroscopeGenerator:
@@ -413,7 +328,7 @@ def show(generator: ZeroscopeGenerator, path: Path, dtype: torch.dtype) -> None:
 
 
 def save_half(generator: ZeroscopeGenerator, image: Path, out: Path) -> None:
-    """Writes the generator in fp16; autoencoder and text encoder are the image generator's, as they were trained.
+    """Writes the generator in fp16, whole; all but the temporal layers is the image generator's, as it was trained.
 
     An earlier one in `out` is replaced when the new one is whole.
     """

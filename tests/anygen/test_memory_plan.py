@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from anygen import AnyGenPipeline
 from anygen.cli import main
 from anygen.errors import OutOfMemoryError
-from anygen.memory_need import POLICIES, ModelNeed, model_need
+from anygen.memory_need import POLICIES, ModelNeed, _generator, model_need
 from anygen.memory_plan import fitting, plan_memory, precision_of
 from anygen.preset_parts import PRECISIONS, Precision
 from anygen.presets import GIB, Need
@@ -157,3 +158,11 @@ def test_what_is_not_here_yet_is_said_and_not_counted(
     )
     main(["info", str(tmp_path), "--memory"])
     assert "Not counted, as it is not on this machine yet: LLM." in capsys.readouterr().out
+
+
+def test_spatial_layers_that_lie_elsewhere_are_counted_with_the_unet(tmp_path: Path) -> None:
+    for place, numbers in (("image/unet", 6), ("video/unet", 4), ("video/vae", 3)):
+        (tmp_path / place).mkdir(parents=True)
+        save_file({"weight": torch.zeros(numbers)}, tmp_path / place / "diffusion_pytorch_model.safetensors")
+    (tmp_path / "video/shared.json").write_text(json.dumps({"spatial": "../image/unet"}))
+    assert _generator(tmp_path / "video") == {"unet": 10, "vae": 3, "own": 0}

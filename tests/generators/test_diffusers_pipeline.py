@@ -364,6 +364,8 @@ def test_bad_declarations_are_refused(tiny_pipeline: Make) -> None:
         PipelineSpec(pipeline="WanPipelin", modality="video", condition=(embeds,)).pipeline_class()
     with pytest.raises(ConfigError, match="not steps=0, frames=None, fps=8"):
         PipelineDefaults(steps=0)
+    with pytest.raises(ConfigError, match="guidance_interval: a pipeline of diffusers guides in all its steps"):
+        PipelineDefaults(guidance_interval=(0.0, 0.5))
 
     def built(*condition: ConditionTensor) -> None:
         class Declared(DiffusersGenerator):

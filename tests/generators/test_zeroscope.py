@@ -1,6 +1,8 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +203,10 @@ def test_a_missing_shared_part_is_named_with_its_place(shared: Path) -> None:
     [
         ("{", "does not say which parts are shared: Expecting"),
         ("[]", 'wanted is an object such as {"vae": "../image/vae"}, not list'),
-        (json.dumps({"unet": "../image/unet"}), "'unet' cannot be shared; what can: vae, text_encoder, tokenizer"),
+        (
+            json.dumps({"unet": "../image/unet"}),
+            "'unet' cannot be shared; what can: vae, text_encoder, tokenizer, spatial",
+        ),
         (json.dumps({"vae": "/image/vae"}), "'vae' must be a relative folder with forward slashes, not '/image/vae'"),
         (json.dumps({"vae": "..\\vae"}), "must be a relative folder with forward slashes"),
         (json.dumps({"vae": 3}), "must be a relative folder with forward slashes, not 3"),
@@ -217,6 +222,52 @@ def test_a_bad_list_of_shared_parts_is_refused(shared: Path, content: str, messa
 def test_saving_refuses_to_share_what_is_not_there(generator: ZeroscopeGenerator, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"shared parts: there is no folder .*image/vae"):
         generator.save_pretrained(tmp_path / "video", shared=PARTS)
+
+
+# --- guidance in an interval ---------------------------------------------------------------------------------
+
+
+def restricted(generator: ZeroscopeGenerator, begin: float, end: float) -> ZeroscopeGenerator:
+    return ZeroscopeGenerator(
+        vae=generator.vae,
+        unet=generator.unet,
+        scheduler=generator.scheduler,
+        unconditional=generator.unconditional,
+        text=generator.text,
+        defaults=replace(generator.defaults, guidance_interval=(begin, end)),
+    )
+
+
+def test_guidance_is_weighed_in_where_its_interval_says(
+    generator: ZeroscopeGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    condition = generator.encode_text(["two dogs"])
+    sizes: list[int] = []
+    forward = generator.unet.forward
+    monkeypatch.setattr(generator.unet, "forward", lambda x, *a, **kw: sizes.append(len(x)) or forward(x, *a, **kw))
+    made = {}
+    for interval, wanted in {
+        (0.0, 1.0): [2, 2, 2, 2],
+        (0.0, 0.5): [2, 2, 1, 1],
+        (0.25, 0.75): [1, 2, 2, 1],
+        (0.5, 1.0): [1, 1, 2, 2],
+    }.items():
+        sizes.clear()
+        made[interval] = restricted(generator, *interval).sample(condition, [4], 4, 5.0)
+        assert sizes == wanted
+    assert torch.equal(made[0.0, 1.0], generator.sample(condition, [4], 4, 5.0))
+    sizes.clear()
+    plain = restricted(generator, 0.25, 0.75).sample(condition, [4], 4, 1.0)
+    assert sizes == [1, 1, 1, 1]
+    torch.testing.assert_close(plain, generator.sample(condition, [4], 4, 1.0))
+    for one, other in combinations([*made.values(), plain], 2):
+        assert not torch.allclose(one, other, atol=1e-3)
+
+
+@pytest.mark.parametrize("interval", [(0.5, 0.5), (-0.1, 1.0), (0.0, 1.5)])
+def test_an_interval_that_is_none_is_refused(interval: tuple[float, float]) -> None:
+    with pytest.raises(ConfigError, match="guidance_interval: two numbers that rise between 0 and 1, not"):
+        ClipDefaults(guidance_interval=interval)
 
 
 # --- requests and loss ---------------------------------------------------------------------------------------

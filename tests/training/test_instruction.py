@@ -7,10 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from anygen.component import read_safetensors
 from anygen.encoders.imagebind import ImageBindEncoder, ImageBindModel
 from anygen.encoders.imagebind_config import ImageBindConfig, PlaneConfig, TextConfig, VisionConfig
 from anygen.errors import CheckpointError, ConfigError
 from anygen.generators.audioldm2 import GENERATED, AudioLDM2Generator
+from anygen.generators.clip_unet import is_temporal
 from anygen.generators.stable_diffusion import EMBEDS, StableDiffusionGenerator
 from anygen.generators.zeroscope import ClipDefaults, ZeroscopeGenerator
 from anygen.manifest import verify
@@ -42,11 +44,11 @@ Parts = dict[str, Any]  # directories, by the names of the recipe's fields
 def tiny_video(image: Path) -> ZeroscopeGenerator:
     """An untrained clip generator on the image generator's other parts."""
     given = StableDiffusionGenerator.from_pretrained(image)
-    recipe = VideoDiffusionRecipe(icons="", generator="", channels=(32, 32, 32), mix=(1.0, 0.0, 0.0))
+    recipe = VideoDiffusionRecipe(icons="", generator="", side=32, mix=(1.0, 0.0, 0.0))
     torch.manual_seed(1)
     return ZeroscopeGenerator(
         vae=given.vae,
-        unet=build_clip_unet(recipe, given.vae.config.latent_channels, 32 // given.factor, 32),
+        unet=build_clip_unet(recipe, given),
         scheduler=given.scheduler,
         unconditional=given.unconditional,
         text=given.text,
@@ -532,7 +534,10 @@ def test_the_parts_are_assembled_with_a_manifest(runs: Path, parts: Parts, tmp_p
         names = {EMBEDS, GENERATED} if modality == "audio" else {EMBEDS}
         assert set(generator.encode_text(["a red circle"]).tensors) == names
     shared = json.loads((out / "generators/video/shared.json").read_text())
-    assert set(shared) == {"vae", "text_encoder", "tokenizer"} and not (out / "generators/video/vae").exists()
+    assert set(shared) == {"vae", "text_encoder", "tokenizer", "spatial"}
+    assert not (out / "generators/video/vae").exists()
+    stored = read_safetensors(out / "generators/video/unet", "diffusion_pytorch_model")
+    assert stored and all(is_temporal(name) for name in stored)
 
 
 def test_what_is_missing_foreign_or_too_large_is_not_assembled(
@@ -546,6 +551,11 @@ def test_what_is_missing_foreign_or_too_large_is_not_assembled(
         other.vae.decoder.conv_out.weight.add_(1)  # frames are decoded otherwise, but the latents are the same
     other.save_pretrained(tmp_path / "decoded")
     assemble.assemble(runs, out, {"video": "../decoded"})
+    with torch.no_grad():
+        other.unet.conv_out.bias.add_(1)
+    other.save_pretrained(tmp_path / "drawn")
+    with pytest.raises(CheckpointError, match="was trained on another unet than that of the image generator"):
+        assemble.assemble(runs, out, {"video": "../drawn"})
     with torch.no_grad():
         other.text.encoder.get_input_embeddings().weight.mul_(2)
     other.save_pretrained(tmp_path / "foreign")

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.resnet import TemporalConvLayer
+from diffusers.models.transformers.transformer_temporal import TransformerTemporalModel
 
-from anygen.errors import ConfigError
+from anygen.errors import CheckpointError, ConfigError
+from anygen.generators.clip_unet import is_temporal, temporal_state
 from anygen.generators.latent import EMBEDS
 from anygen.generators.stable_diffusion import StableDiffusionGenerator
 from anygen.generators.zeroscope import ClipDefaults, ZeroscopeGenerator
-from anygen.training.diffusion import DiffusionRecipe
-from anygen.training.diffusion import build_unet as build_image_unet
 from anygen.training.icons import IconSet
 from anygen.training.latent_diffusion import CaptionTokens, build_scheduler
 from anygen.training.losses import snr_weights
@@ -23,17 +24,13 @@ from anygen.training.video_diffusion import (
     LatentClips,
     VideoDiffusionRecipe,
     _Objective,
-    build_parts,
     build_unet,
     channels_last,
-    copy_spatial,
     encode_clips,
-    is_temporal,
     moving_clips,
     shares_of,
     still_clips,
     train,
-    without_time,
 )
 
 Run = tuple[Path, dict[str, float]]
@@ -47,7 +44,6 @@ def recipe(icons_dir: Path, trained_generator: Run) -> VideoDiffusionRecipe:
         generator=str(trained_generator[0] / "generator"),
         frames=4,
         side=32,
-        channels=(32, 32, 32),
         moving=12,
         still=10,
         mix=(0.5, 0.0, 0.5),
@@ -74,40 +70,27 @@ def trained(recipe: VideoDiffusionRecipe, tmp_path_factory: pytest.TempPathFacto
 # --- the UNet ------------------------------------------------------------------------------------------------
 
 
-def test_untrained_temporal_layers_do_nothing_so_frames_are_drawn_as_pictures(recipe: VideoDiffusionRecipe) -> None:
+def test_the_unet_is_the_image_generators_with_temporal_layers(
+    recipe: VideoDiffusionRecipe, image: StableDiffusionGenerator, trained: Run
+) -> None:
+    unet = build_unet(replace(recipe, side=16), image)
+    assert torch.equal(unet.conv_in.weight, image.unet.conv_in.weight) and unet.config.sample_size == 2
+    last = unet.down_blocks[0].temp_convs[0].conv4[-1].weight
+    assert not last.any()
+    onwards = build_unet(replace(recipe, start=str(trained[0] / "generator")), image)
+    stored = ZeroscopeGenerator.from_pretrained(trained[0] / "generator").unet
+    assert temporal_state(onwards).keys() == temporal_state(unet).keys()
+    assert all(torch.equal(value, temporal_state(stored)[name]) for name, value in temporal_state(onwards).items())
+    other = replace(recipe, start=str(trained[0] / "generator"), temporal_levels=(1,))
+    with pytest.raises(CheckpointError, match=r"start: the temporal part of .* does not fit: unexpected"):
+        build_unet(other, image)
+
+
+def test_the_layout_for_tensor_cores_changes_no_value(
+    recipe: VideoDiffusionRecipe, image: StableDiffusionGenerator
+) -> None:
     torch.manual_seed(0)
-    wide = replace(recipe, channels=(128, 128, 128))
-    shape = DiffusionRecipe(icons="", vae="", channels=wide.channels, text_width=32)
-    pictures = build_image_unet(shape, latent_channels=4, side=4).eval()
-    unet = build_unet(wide, latent_channels=4, latent_side=4, text_width=32).eval()
-    copied = copy_spatial(unet, pictures)
-    spatial = sum(p.numel() for name, p in unet.named_parameters() if not is_temporal(name))
-    assert copied == spatial == sum(p.numel() for p in pictures.parameters())
-    clips, embeds = torch.randn(2, 4, 3, 4, 4), torch.randn(2, 24, 32)
-    times = torch.tensor([7, 800])
-    with torch.no_grad():
-        drawn = unet(clips, times, encoder_hidden_states=embeds).sample
-        for frame in range(3):
-            picture = pictures(clips[:, :, frame], times, encoder_hidden_states=embeds).sample
-            torch.testing.assert_close(drawn[:, :, frame], picture, rtol=0, atol=2e-5)
-
-
-def test_leaving_the_temporal_layers_out_changes_nothing_while_they_are_untrained(recipe: VideoDiffusionRecipe) -> None:
-    torch.manual_seed(0)
-    unet = build_unet(recipe, latent_channels=4, latent_side=4, text_width=32).eval()
-    noisy, embeds = torch.randn(2, 4, 3, 4, 4), torch.randn(2, 5, 32)
-    with torch.no_grad():
-        wanted = unet(noisy, 7, encoder_hidden_states=embeds).sample
-        torch.testing.assert_close(without_time(unet)(noisy, 7, encoder_hidden_states=embeds).sample, wanted)
-        for name, parameter in unet.named_parameters():
-            if is_temporal(name):
-                parameter.normal_()
-        torch.testing.assert_close(unet(noisy, 7, encoder_hidden_states=embeds).sample, wanted)
-
-
-def test_the_layout_for_tensor_cores_changes_no_value(recipe: VideoDiffusionRecipe) -> None:
-    torch.manual_seed(0)
-    unet = build_unet(recipe, latent_channels=4, latent_side=4, text_width=32).eval()
+    unet = build_unet(recipe, image).eval()
     noisy, embeds = torch.randn(1, 4, 3, 4, 4), torch.randn(1, 5, 32)
     with torch.no_grad():
         wanted = unet(noisy, 7, encoder_hidden_states=embeds).sample
@@ -115,27 +98,6 @@ def test_the_layout_for_tensor_cores_changes_no_value(recipe: VideoDiffusionReci
     convolution = unet.down_blocks[0].temp_convs[0].conv1[-1]
     assert convolution.weight.is_contiguous(memory_format=torch.channels_last_3d)
     assert unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
-
-
-def test_an_image_unet_of_other_widths_is_refused(
-    recipe: VideoDiffusionRecipe, image: StableDiffusionGenerator
-) -> None:
-    unet = build_unet(replace(recipe, channels=(64, 32, 32)), latent_channels=4, latent_side=4, text_width=32)
-    with pytest.raises(ConfigError, match=r"its UNet has channels \(32, 32, 32\), this one \(64, 32, 32\)"):
-        copy_spatial(unet, image.unet)
-
-
-def test_parts_come_from_where_the_recipe_says(
-    recipe: VideoDiffusionRecipe, image: StableDiffusionGenerator, trained: Run
-) -> None:
-    fresh, none = build_parts(recipe, image)
-    started, given = build_parts(replace(recipe, start_image=recipe.generator), image)
-    assert none == 0 < given and torch.equal(started.conv_in.weight, image.unet.conv_in.weight)
-    assert not torch.equal(fresh.conv_in.weight, image.unet.conv_in.weight)
-    folder = trained[0] / "generator"
-    onwards, none = build_parts(replace(recipe, start=str(folder), channels=(64, 64, 64)), image)
-    stored = ZeroscopeGenerator.from_pretrained(folder).unet.conv_in.weight
-    assert none == 0 and torch.equal(onwards.conv_in.weight, stored)
 
 
 # --- the pool ------------------------------------------------------------------------------------------------
@@ -205,7 +167,7 @@ def test_the_objective_is_the_weighted_velocity_loss(
 
     torch.manual_seed(0)
     scheduler = build_scheduler()
-    unet = build_unet(recipe, latent_channels=4, latent_side=4, text_width=32).eval()
+    unet = build_unet(recipe, image).eval()
     shape = (3, 4, 2, 4, 4)
     latents, noise, times = torch.randn(shape), torch.randn(shape), torch.tensor([3, 500, 990])
     tokens = image.text.tokenize(["a red circle moving up", "", "a blue square"])
@@ -218,10 +180,37 @@ def test_the_objective_is_the_weighted_velocity_loss(
     torch.testing.assert_close(loss, (weights * squared).mean())
     loss.backward()
     learns = {name for name, p in unet.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
-    assert any(is_temporal(name) for name in learns) and "conv_in.weight" in learns
+    assert learns and all(is_temporal(name) for name in learns)
+    assert all(p.grad is None for name, p in unet.named_parameters() if not is_temporal(name))
 
 
-def test_a_run_writes_a_generator_that_makes_clips(trained: Run) -> None:
+def test_time_is_learned_and_nothing_else_moves(
+    recipe: VideoDiffusionRecipe, image: StableDiffusionGenerator, trained_generator: Run, tmp_path: Path
+) -> None:
+    train(replace(recipe, steps=6, learning_rate=1.0), tmp_path)  # within the warm-up, which has 300 steps
+    unet = ZeroscopeGenerator.from_pretrained(tmp_path / "generator").unet
+    given = StableDiffusionGenerator.from_pretrained(trained_generator[0] / "generator").unet.state_dict()
+    for name, value in unet.state_dict().items():
+        if not is_temporal(name):
+            assert torch.equal(value.flatten(), given[name].flatten())
+    convolutions = [m for m in unet.modules() if isinstance(m, TemporalConvLayer)]
+    attentions = [m for m in unet.modules() if isinstance(m, TransformerTemporalModel)]
+    assert len(convolutions) == 6 and len(attentions) == 6
+    assert all(m.conv4[-1].weight.any() for m in convolutions) and all(m.proj_out.weight.any() for m in attentions)
+    latents, noise = torch.randn(2, 3, 4, 4, 4, 4).transpose(2, 3).unbind()
+    latents = latents + torch.arange(4).view(4, 1, 1)
+    tokens, times = image.text.tokenize(["a red circle moving up", "", "a dog"]), torch.tensor([30, 500, 990])
+    objective: Any = _Objective(unet, image.text.encoder, build_scheduler().alphas_cumprod, 5.0).eval()
+    order = torch.tensor([2, 0, 3, 1])
+    with torch.no_grad():
+        straight, shuffled = (objective(a, tokens, b, times) for a, b in
+                              ((latents, noise), (latents[:, :, order], noise[:, :, order])))  # fmt: skip
+    assert abs(straight - shuffled) > 1e-4 * straight
+
+
+def test_a_run_writes_a_generator_that_makes_clips(
+    trained: Run, recipe: VideoDiffusionRecipe, image: StableDiffusionGenerator
+) -> None:
     out, figures = trained
     assert figures["steps"] == 2 and 0 < figures["loss"] < 100 and (out / "clips.png").exists()
     one, other = (ZeroscopeGenerator.from_pretrained(out / "generator") for _ in range(2))
@@ -229,7 +218,10 @@ def test_a_run_writes_a_generator_that_makes_clips(trained: Run) -> None:
     (a, b), (same, _) = (g.generate(g.encode_text(captions), seeds=[1, 2]) for g in (one, other))
     assert a == same and a != b and a.frames.shape == (4, 32, 32, 3) and a.fps == 8
     rows = [json.loads(line) for line in (out / "video_diffusion.jsonl").read_text().splitlines()]
-    assert rows[0]["pool"] == 22 and 0 < rows[1]["temporal"] < rows[1]["unet"] and rows[1]["from_image"] == 0
+    unet = build_unet(recipe, image)
+    learns = sum(value.numel() for value in temporal_state(unet).values())
+    assert rows[0]["pool"] == 22 and rows[1]["temporal"] == learns
+    assert rows[1]["spatial"] == sum(p.numel() for p in image.unet.parameters())
     assert rows[-1]["step"] == 2 and not (out / "generator.partial").exists()
 
 
@@ -243,16 +235,15 @@ def test_clips_and_pictures_share_conditions_and_latents(trained: Run, trained_g
     assert torch.equal(*condition) and torch.equal(one.unconditional, other.unconditional)
 
 
-def test_a_run_over_pictures_is_a_start_for_one_over_clips(recipe: VideoDiffusionRecipe, tmp_path: Path) -> None:
-    train(replace(recipe, frames=1, steps=1, compile=False), tmp_path / "pictures")
-    onwards = replace(recipe, start=str(tmp_path / "pictures" / "generator"), steps=1, checkpoint_minutes=0.0)
-    train(onwards, tmp_path / "clips")
-    before, after = (
-        ZeroscopeGenerator.from_pretrained(tmp_path / name / "generator").unet for name in ("pictures", "clips")
-    )
-    moved = (before.conv_in.weight - after.conv_in.weight).abs().max().item()
-    assert 0 < moved < 0.01
-    rows = [json.loads(line) for line in (tmp_path / "clips" / "video_diffusion.jsonl").read_text().splitlines()]
+def test_a_run_goes_on_from_another_ones_temporal_layers(
+    recipe: VideoDiffusionRecipe, trained: Run, tmp_path: Path
+) -> None:
+    onwards = replace(recipe, start=str(trained[0] / "generator"), steps=1, checkpoint_minutes=0.0)
+    train(onwards, tmp_path)
+    before, after = (ZeroscopeGenerator.from_pretrained(folder / "generator").unet for folder in (trained[0], tmp_path))
+    moved = before.down_blocks[0].temp_convs[0].conv1[-1].weight - after.down_blocks[0].temp_convs[0].conv1[-1].weight
+    assert 0 < moved.abs().max().item() < 0.01
+    rows = [json.loads(line) for line in (tmp_path / "video_diffusion.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "checkpoint" in row] == [1]
 
 
@@ -262,7 +253,6 @@ def test_a_run_over_pictures_is_a_start_for_one_over_clips(recipe: VideoDiffusio
         ({"mix": (0.5, 0.0, 0.4)}, r"mix: three shares that sum to 1 are wanted, not \[0.5, 0.0, 0.4\]"),
         ({"mix": (1.5, 0.0, -0.5)}, "mix: three shares that sum to 1"),
         ({"mix": (0.5, 0.5, 0.0)}, "a share of animated clips needs animations"),
-        ({"mix": (1.0, 0.0, 0.0), "start": "a", "start_image": "b"}, "start and start_image exclude each other"),
     ],
 )
 def test_recipes_that_contradict_themselves_are_refused(changes: dict[str, Any], message: str) -> None:
