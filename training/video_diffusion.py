@@ -81,6 +81,7 @@ class VideoDiffusionRecipe(LatentDiffusionRecipe):
     mix: tuple[float, float, float] = (0.6, 0.2, 0.2)
     """Shares of moving, animated and still clips in a batch."""
     batch_size: int = 64
+    """Times h w below 65,536: so many sequences at most go through one call of a GPU's temporal attention."""
     steps: int = 8_000
     learning_rate: float = 5e-4
     ema: float = 0.999
