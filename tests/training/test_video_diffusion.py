@@ -193,14 +193,15 @@ def test_time_is_learned_and_nothing_else_moves(
     for name, value in unet.state_dict().items():
         if not is_temporal(name):
             assert torch.equal(value.flatten(), given[name].flatten())
-    convolutions = [m for m in unet.modules() if isinstance(m, TemporalConvLayer)]
-    attentions = [m for m in unet.modules() if isinstance(m, TransformerTemporalModel)]
+    convolutions: list[Any] = [m for m in unet.modules() if isinstance(m, TemporalConvLayer)]
+    attentions: list[Any] = [m for m in unet.modules() if isinstance(m, TransformerTemporalModel)]
     assert len(convolutions) == 6 and len(attentions) == 6
     assert all(m.conv4[-1].weight.any() for m in convolutions) and all(m.proj_out.weight.any() for m in attentions)
-    latents, noise = torch.randn(2, 3, 4, 4, 4, 4).transpose(2, 3).unbind()
+    latents, noise = torch.randn(2, 3, 4, 4, 4, 4).unbind()
     latents = latents + torch.arange(4).view(4, 1, 1)
     tokens, times = image.text.tokenize(["a red circle moving up", "", "a dog"]), torch.tensor([30, 500, 990])
-    objective: Any = _Objective(unet, image.text.encoder, build_scheduler().alphas_cumprod, 5.0).eval()
+    objective: Any = _Objective(unet, image.text.encoder, build_scheduler().alphas_cumprod, 5.0)
+    objective.eval()
     order = torch.tensor([2, 0, 3, 1])
     with torch.no_grad():
         straight, shuffled = (objective(a, tokens, b, times) for a, b in
