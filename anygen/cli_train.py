@@ -4,7 +4,8 @@ import argparse
 import json
 import logging
 import sys
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from importlib import import_module
 from pathlib import Path
 
@@ -22,8 +23,7 @@ def train(options: argparse.Namespace) -> int:
     """Runs a recipe; its log goes to stderr, its last figures to stdout."""
     from anygen.training.recipes import run
 
-    _log(logging.INFO)
-    with redirect_stdout(sys.stderr):
+    with redirect_stdout(sys.stderr), _logged(logging.INFO):
         figures = run(Path(options.recipe), options.overrides)
     for name, value in figures.items():
         print(f"{name}: {value:.6g}")
@@ -34,11 +34,10 @@ def evaluate(options: argparse.Namespace) -> int:
     """Measures a model; exit code 0 whether or not the bars are met, the table says so."""
     from rich.console import Console
 
-    with redirect_stdout(sys.stderr):
+    with redirect_stdout(sys.stderr), _logged(logging.WARNING if options.json else logging.INFO):
         from anygen.pipeline import AnyGenPipeline
         from anygen.training.evaluation import evaluate as measure
 
-        _log(logging.WARNING if options.json else logging.INFO)
         pipe = AnyGenPipeline.from_pretrained(options.model, device=options.device)
         result = measure(
             pipe.model,
@@ -65,15 +64,21 @@ def build_data(options: argparse.Namespace) -> int:
     from anygen.environment import home
 
     module, cache = DATASETS[options.name]
-    _log(logging.INFO)
-    with redirect_stdout(sys.stderr):
+    with redirect_stdout(sys.stderr), _logged(logging.INFO):
         checksum = import_module(module).build(Path(options.out), home() / cache)
     print(f"{options.out}: checksum {checksum}")
     return 0
 
 
-def _log(level: int) -> None:
+@contextmanager
+def _logged(level: int) -> Iterator[None]:
+    """anygen's log on stderr; afterwards, who imports the command line has its own logging again."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logger = logging.getLogger("anygen")
+    before = logger.handlers, logger.level, logger.propagate
     logger.handlers, logger.level, logger.propagate = [handler], level, False
+    try:
+        yield
+    finally:
+        logger.handlers, logger.level, logger.propagate = before

@@ -362,7 +362,7 @@ INTO_FROM = {
 }  # fmt: skip
 """(given modality, output modality) -> requests that speak of the medium that is given."""
 IN_NOUNS = {
-    "image": ("a picture of {}", "an image of {}", "a drawing of {}", "a sketch of {}", "an illustration of {}"),
+    "image": ("a picture of {}", "an image with {}", "a drawing of {}", "a sketch of {}", "an illustration of {}"),
     "video": ("a clip of {}", "a video of {}", "a short film of {}", "an animation of {}"),
     "audio": ("the sound of {}", "a recording of {}", "an audio clip of {}", "the noise of {}"),
 }  # fmt: skip
