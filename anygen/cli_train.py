@@ -77,8 +77,10 @@ def _logged(level: int) -> Iterator[None]:
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logger = logging.getLogger("anygen")
     before = logger.handlers, logger.level, logger.propagate
-    logger.handlers, logger.level, logger.propagate = [handler], level, False
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(level)
     try:
         yield
     finally:
-        logger.handlers, logger.level, logger.propagate = before
+        logger.handlers, logger.propagate = before[0], before[2]
+        logger.setLevel(before[1])
