@@ -83,11 +83,16 @@ def quiet() -> Iterator[Any]:
 
 def machine() -> dict[str, Any]:
     """What the numbers depend on."""
-    from importlib.metadata import version
+    from importlib.metadata import PackageNotFoundError, version
 
     import torch
 
-    packages = {name: version(name) for name in ("torch", "transformers", "diffusers")}
+    packages = {}
+    for name in ("torch", "transformers", "diffusers"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:  # not every benchmark needs it
+            packages[name] = "absent"
     return {
         "system": platform.platform(terse=True),
         "processor": platform.machine(),

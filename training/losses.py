@@ -3,18 +3,15 @@
 Shapes: B batch, T tokens, S signal tokens, D LLM width, E embedding width.
 """
 
-from collections.abc import Mapping
-from copy import copy
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from anygen.errors import ConfigError
-from anygen.features import Condition
 from anygen.losses import AlignmentConfig, caption_alignment_loss, condition_loss, lm_loss, token_loss
-from anygen.model import AnyGenModel, positions
+from anygen.training.prefix import prefix_alignment
 
 __all__ = [
     "AlignmentConfig",
@@ -104,62 +101,3 @@ def diffusion_loss(prediction: Tensor, target: Tensor, weights: Tensor | None = 
     """float[B, ...] twice, float[B] -> float32[]: each sample's mean squared error, weighted, then averaged."""
     errors = (prediction.float() - target.float()).pow(2).flatten(1).mean(1)
     return errors.mean() if weights is None else (errors * weights.to(errors)).mean()
-
-
-def prefix_alignment(
-    model: AnyGenModel,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    conditions: Mapping[str, Mapping[str, Tensor]],
-    media: Mapping[str, Any] | None = None,
-) -> tuple[Tensor, dict[str, Condition]]:
-    """Alignment of one run behind each prefix, the prefix read once and without autograd.
-
-    The LLM is frozen and causal, so a prefix of plain words carries no gradient: its keys and values are computed
-    under `no_grad`, and back-propagation goes through the S signal positions alone. The gradient is exact. One
-    prefix serves the runs of all modalities, as branches over one cache.
-
-    Args:
-        model: with a frozen LLM and no trainable adapter.
-        input_ids: long[B, T], the prefix; the run is put behind its last token.
-        attention_mask: long[B, T], padded on either side.
-        conditions: modality -> name -> float[B, ...], the targets.
-        media: as for `AnyGenModel.forward`; carries no gradient either.
-
-    Returns:
-        float32[], the mean of the modalities' losses, and their conditions.
-
-    Raises:
-        ConfigError: something before the run is trainable, so that the gradient would not be exact.
-    """
-    if any(p.requires_grad for p in model.llm.parameters()):
-        raise ConfigError("prefix_alignment needs a frozen LLM: its adapter is trainable; use the model's forward")
-    if model.signal_tokens.rows.requires_grad and bool((input_ids >= model.signal_tokens.vocab_size).any()):
-        raise ConfigError("prefix_alignment needs a prefix of plain words: it holds signal tokens, which train")
-    with torch.no_grad():
-        _, prefix = model.llm.hidden_states(
-            model.embed(input_ids, media),
-            attention_mask=attention_mask,
-            position_ids=positions(attention_mask),
-            use_cache=True,
-        )
-    lengths = attention_mask.long().sum(1, keepdim=True)
-    losses, projected = [], {}
-    for modality, target in conditions.items():
-        run = model.run_embeddings(modality).expand(len(input_ids), -1, -1)
-        hidden, _ = model.llm.hidden_states(
-            run.to(model.llm.dtype),
-            attention_mask=torch.cat([attention_mask, attention_mask.new_ones(run.shape[:2])], dim=1),
-            position_ids=lengths + torch.arange(run.shape[1], device=lengths.device),
-            cache=_branch(prefix),
-        )
-        projected[modality] = model.project(modality, hidden)
-        losses.append(model.alignment_loss(modality, projected[modality], target))
-    return torch.stack(losses).mean(), projected
-
-
-def _branch(cache: Any) -> Any:
-    """A cache that grows by itself and shares what it holds; a layer's update replaces its tensors."""
-    branch = copy(cache)
-    branch.layers = [copy(layer) for layer in cache.layers]
-    return branch

@@ -39,6 +39,7 @@ from anygen.training.adapters import answers, collate, finish, fit, load, read_c
 from anygen.training.loop import RunLog
 from anygen.training.phrases import WHOLE
 from anygen.training.phrases_media import WHOLE_CLIP, WHOLE_SOUND
+from anygen.training.prefix import length_batches
 from anygen.training.requests import self_prompts
 
 OTHERS = {"image": ("Draw {x}.", *WHOLE), "video": ("Film {x}.", *WHOLE_CLIP), "audio": ("Play {x}.", *WHOLE_SOUND)}
@@ -315,17 +316,22 @@ def targets_of(generator: Generator, captions: Sequence[str], batch_size: int = 
 def read_states(
     model: AnyGenModel, modality: str, conversations: Sequence[list[Message]], batch_size: int = 24
 ) -> Tensor:
-    """float32[M, S, D]: the states at the run that each conversation ends with, on the CPU."""
+    """float32[M, S, D]: the states at the run that each conversation ends with, on the CPU.
+
+    Conversations go through in batches of like length.
+    """
     size, found = len(model.signal_tokens.runs[modality]), []
-    for first in range(0, len(conversations), batch_size):
-        examples = [model.prompts.example(messages) for messages in conversations[first : first + batch_size]]
-        batch = collate(model, examples, media={}, conditions={})
+    examples = [model.prompts.example(messages) for messages in conversations]
+    batches = length_batches([len(example.ids) for example in examples], batch_size, seed=0)
+    for rows in batches:
+        batch = collate(model, [examples[row] for row in rows], media={}, conditions={})
         ids = batch["input_ids"].to(model.device)
         hidden = model(ids, batch["attention_mask"].to(model.device)).hidden_states
         starts = model.signal_tokens.run_starts(ids, modality)
         columns = starts[:, 1:] + torch.arange(size, device=ids.device)
         found.append(hidden[starts[:, :1], columns].float().cpu())
-    return torch.cat(found)
+    order = torch.tensor([row for rows in batches for row in rows])
+    return torch.cat(found)[order.argsort()]
 
 
 @torch.no_grad()

@@ -1,18 +1,12 @@
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
 
 from anygen.errors import ConfigError
-from anygen.model import AnyGenModel
-from anygen.prompts import pad
 from anygen.training.losses import (
     contrastive_loss,
     diffusion_loss,
     diffusion_target,
-    prefix_alignment,
     snr_weights,
 )
 
@@ -86,41 +80,3 @@ def test_the_diffusion_loss_without_weights_is_the_mean_squared_error() -> None:
     a, b = views()
     torch.testing.assert_close(diffusion_loss(a, b), F.mse_loss(a, b))
     torch.testing.assert_close(diffusion_loss(a, b, torch.ones(6)), F.mse_loss(a, b))
-
-
-@pytest.mark.parametrize("left", [False, True])
-def test_the_prefix_needs_no_gradient(tiny_model: Callable[..., AnyGenModel], left: bool) -> None:
-    model = tiny_model()
-    captions = [[5, 6, 7, 8, 9, 10], [11, 12, 13], [14, 15, 16, 17]]
-    targets = {
-        "image": {"prompt_embeds": torch.randn(3, 5, 8)},
-        "audio": {"generated_prompt_embeds": torch.randn(3, 2, 4), "prompt_embeds": torch.randn(3, 3, 6)},
-    }
-    plain = []
-    for modality, target in targets.items():  # the plain way: each run behind its caption, one pass, full autograd
-        run = list(model.signal_tokens.runs[modality])
-        ids, mask = pad([caption + run for caption in captions], 0)
-        plain.append(model(input_ids=ids, attention_mask=mask, conditions={modality: target}).alignment_loss)
-    wanted = torch.stack(plain).mean()
-    wanted.backward()
-    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    loss, conditions = prefix_alignment(model, *pad(captions, 0, left=left), targets)
-    loss.backward()
-    torch.testing.assert_close(loss, wanted)
-    assert set(conditions) == {"image", "audio"}
-    assert {n for n, p in model.named_parameters() if p.grad is not None} == set(gradients)
-    for name, parameter in model.named_parameters():
-        if name in gradients and parameter.grad is not None:
-            error = (parameter.grad - gradients[name]).norm() / gradients[name].norm()
-            assert error < 1e-5, name
-
-
-def test_a_prefix_that_trains_is_refused(tiny_model: Callable[..., AnyGenModel]) -> None:
-    target: Any = {"image": {"prompt_embeds": torch.randn(1, 5, 8)}}
-    model = tiny_model(adapter=True)
-    with pytest.raises(ConfigError, match="needs a frozen LLM: its adapter is trainable"):
-        prefix_alignment(model, *pad([[5, 6]], 0), target)
-    model = tiny_model()
-    with pytest.raises(ConfigError, match="needs a prefix of plain words: it holds signal tokens"):
-        prefix_alignment(model, *pad([[5, model.signal_tokens.media_id]], 0), target)

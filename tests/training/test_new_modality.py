@@ -352,3 +352,15 @@ def test_a_run_repeats_itself(tiny_model: Callable[..., AnyGenModel], rows: Path
         weights.append(model.input_projectors["smell"].state_dict())
     for key, value in weights[0].items():
         torch.testing.assert_close(value, weights[1][key], rtol=0, atol=0)
+
+
+def test_states_are_read_in_batches_of_like_length_and_come_back_in_order(
+    tiny_model: Callable[..., AnyGenModel],
+) -> None:
+    model, wording = tiny_model(), new_output.Wording("audio", ("Play {caption}.",), "Here is {caption}.")
+    captions = ["a bell " * (1 + (5 * number) % 7) for number in range(9)]
+    conversations = [wording.conversation(caption, random.Random(0)) for caption in captions]
+    states = new_output.read_states(model, "audio", conversations, batch_size=2)
+    for row, conversation in enumerate(conversations):
+        alone = new_output.read_states(model, "audio", [conversation], batch_size=1)[0]
+        torch.testing.assert_close(states[row], alone, rtol=1e-4, atol=1e-5)
