@@ -46,6 +46,7 @@ class LLM(nn.Module):
             )
         self.model: PreTrainedModel | PeftModel = model.requires_grad_(False)
         self._adapter_layers: list[Any] = []
+        self._prefix: _Prefix | None = None
         self.tokenizer = tokenizer
         parameters = inspect.signature(cast(nn.Module, model.get_decoder()).forward).parameters
         self._takes_positions = "position_ids" in parameters
@@ -193,6 +194,8 @@ class LLM(nn.Module):
         Returns:
             float[B, T, D], the final normalised states that the head reads, and the cache.
         """
+        if self._prefix is not None and not self._prefix._disable_adapters:
+            cache, attention_mask, position_ids = self._with_prefix(embeds, cache, attention_mask, position_ids)
         positions = {"position_ids": position_ids} if self._takes_positions else {}
         output = cast(nn.Module, self.base.get_decoder())(
             inputs_embeds=embeds,
@@ -203,6 +206,22 @@ class LLM(nn.Module):
         )
         hidden = output.last_hidden_state.to(embeds.device)  # the last layer may be on another device
         return hidden, output[self.cache_name] if self.cache_name in output else None
+
+    def _with_prefix(
+        self, embeds: Tensor, cache: "Cache | None", mask: Tensor | None, places: Tensor | None
+    ) -> "tuple[Cache, Tensor, Tensor]":
+        """What `hidden_states` gives the decoder behind a prefix: callers know nothing of its columns."""
+        past = 0 if cache is None else cache.get_seq_length() - self.prefix_length
+        if cache is None:
+            cache = cast("PeftModel", self.model).get_prompt(len(embeds))  # type: ignore[assignment]
+        if mask is None:
+            mask = embeds.new_ones(len(embeds), past + embeds.shape[1], dtype=torch.long)
+        if mask.ndim != 2:
+            raise ConfigError("a prefix adapter cannot read packed rows, whose masks are square")
+        if places is None:
+            places = torch.arange(past, past + embeds.shape[1], device=embeds.device).expand(len(embeds), -1)
+        seen = mask.new_ones(len(mask), self.prefix_length)
+        return cache, torch.cat([seen, mask], dim=1), places + self.prefix_length  # type: ignore[return-value]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float[..., D] -> float[..., V], exactly the model's own."""
@@ -261,20 +280,51 @@ class LLM(nn.Module):
         """Adds a fresh, trainable adapter. LoRA starts with no effect.
 
         Raises:
-            ConfigError: there is one already, or it is a kind that adds prompt tokens.
+            ConfigError: there is one already, or it is a kind that adds prompt tokens and is not prefix tuning.
         """
-        from peft import get_peft_model
+        from peft import PeftType, get_peft_model
         from peft.tuners.tuners_utils import BaseTunerLayer
         from peft.utils.other import AuxiliaryTrainingWrapper
 
         if self.has_adapter:
             raise ConfigError("the LLM has an adapter already; load it without one to start another")
-        if config.is_prompt_learning:
-            raise ConfigError(f"{config.peft_type} adds prompt tokens; use an adapter of the layers, such as LoRA")
+        if config.is_prompt_learning and config.peft_type != PeftType.PREFIX_TUNING:
+            raise ConfigError(f"{config.peft_type} adds prompt tokens; use prefix tuning, or an adapter of the layers")
         self.changes += 1
         self.model = get_peft_model(cast("PreTrainedModel", self.model), config)
         switches = BaseTunerLayer | AuxiliaryTrainingWrapper
         self._adapter_layers = [layer for layer in self.model.modules() if isinstance(layer, switches)]
+        if config.is_prompt_learning:
+            self._prefix = _Prefix(cast(Any, config).num_virtual_tokens)
+            self._adapter_layers.append(self._prefix)
+
+    def remove_adapter(self) -> None:
+        """Takes the adapter off; what it learned is lost."""
+        self.changes += 1
+        self.model = self.base if self._prefix is not None else cast("PeftModel", self.model).unload()
+        self.model.requires_grad_(False)
+        self._adapter_layers, self._prefix = [], None
+
+    def adapter_parameters(self) -> dict[int, nn.Parameter]:
+        """The adapter's own parameters, by their `id`."""
+        if not self.has_adapter:
+            return {}
+        config, peft = cast("PeftModel", self.model).active_peft_config, cast("PeftModel", self.model)
+        if config.is_prompt_learning:
+            return {id(p): p for p in peft.prompt_encoder.parameters()}
+        marks = getattr(peft.base_model, "prefix", None)
+        named = [(n, p) for n, p in peft.named_parameters() if not marks or marks in n or "modules_to_save" in n]
+        return {id(parameter): parameter for _, parameter in named}
+
+    def thaw_adapter(self) -> None:
+        """Lets the adapter train, and nothing else of the LLM."""
+        for parameter in self.adapter_parameters().values():
+            parameter.requires_grad_(True)
+
+    @property
+    def prefix_length(self) -> int:
+        """Columns that a prefix adapter puts before all others of a cache."""
+        return 0 if self._prefix is None else self._prefix.length
 
     def load_adapter(self, directory: str | Path) -> None:
         """Adds the adapter saved in `directory`, strictly.
@@ -329,14 +379,11 @@ class LLM(nn.Module):
         return get_peft_model_state_dict(cast("PeftModel", self.model), save_embedding_layers=False)
 
     def save_base(self, directory: str | Path) -> None:
-        """Writes the model and the tokenizer as transformers does.
-
-        Raises:
-            ConfigError: an adapter has been added, which changed the names of the model's weights.
-        """
-        if self.has_adapter:
-            raise ConfigError("the LLM cannot be written once it has an adapter; write it before adding one")
-        self.base.save_pretrained(directory)
+        """Writes the model, without its adapter, and the tokenizer as transformers does."""
+        adapter, base = self.adapter_parameters(), self.base
+        theirs = {name for name, parameter in base.named_parameters() if id(parameter) in adapter}
+        state = {k.replace(".base_layer.", "."): v for k, v in base.state_dict().items() if k not in theirs}
+        base.save_pretrained(directory, state_dict=state)
         self.tokenizer.save_pretrained(directory)
 
     @contextmanager
@@ -366,6 +413,13 @@ class LLM(nn.Module):
                 f"{type(self.base).__name__} makes its logits in a way that anygen does not know; "
                 "known are a plain head, logit_scale, logits_scaling, lm_head_multiplier, final_logit_softcapping"
             )
+
+
+class _Prefix:
+    """The switch of a prefix adapter, like that of PEFT's layers."""
+
+    def __init__(self, length: int) -> None:
+        self.length, self._disable_adapters = length, False
 
 
 @contextmanager

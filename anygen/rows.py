@@ -102,7 +102,8 @@ class DynamicRows:
         keys: Sequence[Hashable] = (),
     ) -> None:
         self.model, self.adapted = model, adapted
-        self.cache, self.keys = kept.take(adapted, keys) if kept is not None else (None, [])
+        before = model.llm.prefix_length if adapted else 0
+        self.cache, self.keys = kept.take(adapted, keys, before=before) if kept is not None else (None, [])
         self._reusable, self._given = kept is not None, list(keys)
         self.next: list[int] = []
         self.mask = self._logits = self._scores = torch.zeros(0)
@@ -165,16 +166,17 @@ class Kept:
     def __init__(self) -> None:
         self._views: dict[bool, tuple[list[Hashable], Any]] = {}
 
-    def take(self, adapted: bool, keys: Sequence[Hashable]) -> tuple[Any, list[Hashable]]:
+    def take(self, adapted: bool, keys: Sequence[Hashable], *, before: int = 0) -> tuple[Any, list[Hashable]]:
         """The cache, cut to what it has in common with `keys`, and the keys of that; None and nothing if it has none.
 
-        It is taken out, so that an answer that is broken off leaves nothing half read.
+        It is taken out, so that an answer that is broken off leaves nothing half read. `before` columns of the cache
+        are a prefix adapter's.
         """
         known, cache = self._views.pop(adapted, ([], None))
         common = common_prefix(known, keys)
         if not common or not _may_be_cut(cache):
             return None, []
-        if surplus := cache.get_seq_length() - common:
+        if surplus := cache.get_seq_length() - before - common:
             cache.crop(-surplus)
         return cache, known[:common]
 

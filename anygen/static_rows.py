@@ -292,6 +292,8 @@ class StaticMemories:
             return "the LLM is spread over several devices"
         if base.config.get_text_config()._attn_implementation != "sdpa":
             return f"its attention is '{base.config.get_text_config()._attn_implementation}', not 'sdpa'"
+        if model.llm.prefix_length:
+            return "its adapter is a prefix"
         cache = StaticCache(config=base.config, max_cache_len=8)
         if not all(type(layer) is StaticLayer for layer in cache.layers):
             return "its layers do not all see the whole text"

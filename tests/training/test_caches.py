@@ -1,0 +1,119 @@
+"""Caches give back what was computed, go on where they were, and notice damage."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from anygen.errors import ConfigError
+from anygen.training import caches
+from anygen.training.caches import TensorCache, fingerprint
+
+KEYS = [f"key {n}" for n in range(7)]
+
+
+def value(key: str) -> Tensor:
+    return torch.tensor([float(key.split()[1]), 0.5])
+
+
+class Computer:
+    """Computes, and counts what it was asked for; dies at its `dies`-th call."""
+
+    def __init__(self, dies: int | None = None) -> None:
+        self.asked: list[str] = []
+        self.calls, self.dies = 0, dies
+
+    def __call__(self, keys: Sequence[str]) -> tuple[Sequence[str], Mapping[str, Tensor]]:
+        self.calls += 1
+        if self.calls == self.dies:
+            raise KeyboardInterrupt
+        self.asked += keys
+        return keys, {"v": torch.stack([value(key) for key in keys]), "mask": torch.ones(len(keys), 1).bool()}
+
+
+def open_cache(folder: Path) -> TensorCache:
+    return TensorCache(folder / "cache", {"encoder": "a"})
+
+
+def test_rows_come_back_in_the_order_they_are_asked_for_in(tmp_path: Path) -> None:
+    cache = open_cache(tmp_path)
+    assert cache.fill(KEYS, Computer(), batch_size=2, shard_rows=3) == 7
+    for again in (cache, open_cache(tmp_path)):
+        rows = again.rows(["key 5", "key 0", "key 5"])
+        torch.testing.assert_close(rows["v"], torch.stack([value(k) for k in ("key 5", "key 0", "key 5")]))
+        assert rows["v"].dtype == torch.float32 and rows["mask"].dtype == torch.bool
+    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 3
+
+
+def test_a_run_that_is_killed_goes_on_where_it_was(tmp_path: Path) -> None:
+    killed = Computer(dies=4)  # in the second file
+    with pytest.raises(KeyboardInterrupt):
+        open_cache(tmp_path).fill(KEYS, killed, batch_size=1, shard_rows=3)
+    cache, rest = open_cache(tmp_path), Computer()
+    assert len(cache) == 3 and cache.fill(KEYS, rest, batch_size=2, shard_rows=3) == 4
+    assert rest.asked == KEYS[3:]
+    torch.testing.assert_close(cache.rows(KEYS)["v"], torch.stack([value(key) for key in KEYS]))
+    assert cache.fill([*KEYS, "key 7"], rest) == 1 and rest.asked[-1] == "key 7", "a cache grows"
+
+
+@pytest.mark.parametrize("how", ["changed", "lost"])
+def test_a_damaged_file_is_computed_again(how: str, tmp_path: Path) -> None:
+    open_cache(tmp_path).fill(KEYS, Computer(), shard_rows=3)
+    path = tmp_path / "cache" / "shard-00001.safetensors"
+    if how == "lost":
+        path.unlink()
+    else:
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+    cache, computer = open_cache(tmp_path), Computer()
+    assert len(cache) == 4
+    cache.fill(KEYS, computer, shard_rows=3)
+    assert computer.asked == KEYS[3:6]
+    torch.testing.assert_close(open_cache(tmp_path).rows(KEYS)["v"], torch.stack([value(key) for key in KEYS]))
+
+
+def test_what_cannot_be_computed_is_not_kept(tmp_path: Path) -> None:
+    def some(keys: Sequence[str]) -> tuple[Sequence[str], Mapping[str, Tensor]]:
+        kept = [key for key in keys if key != "key 2"]
+        return kept, {"v": torch.stack([value(key) for key in kept])} if kept else {}
+
+    cache = open_cache(tmp_path)
+    cache.fill(KEYS[:4], some, batch_size=1)
+    assert "key 2" not in cache and "key 3" in cache
+    with pytest.raises(ConfigError, match="holds nothing for 'key 2'; fill it first"):
+        cache.rows(["key 3", "key 2"])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), 1e6])
+def test_numbers_that_half_precision_does_not_hold_are_refused(bad: float, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="'v' holds values that are no numbers, or beyond what half precision"):
+        open_cache(tmp_path).fill(["k"], lambda keys: (keys, {"v": torch.tensor([[bad]])}))
+
+
+def test_rows_of_several_shapes_are_refused(tmp_path: Path) -> None:
+    def growing(keys: Sequence[str]) -> tuple[Sequence[str], Mapping[str, Tensor]]:
+        return keys, {"v": torch.zeros(len(keys), int(keys[0].split()[1]) + 1)}
+
+    with pytest.raises(ConfigError, match=r"'v' differs in shape from row to row \(\[\(1,\), \(2,\)\]\)"):
+        open_cache(tmp_path).fill(KEYS[:2], growing, batch_size=1)
+
+
+def test_a_cache_of_something_else_and_a_broken_index_are_refused(tmp_path: Path) -> None:
+    open_cache(tmp_path).fill(KEYS, Computer())
+    with pytest.raises(ConfigError, match="holds what {'encoder': 'a'} computed, not {'encoder': 'b'}"):
+        TensorCache(tmp_path / "cache", {"encoder": "b"})
+    (tmp_path / "cache" / caches.INDEX).write_text("{")
+    with pytest.raises(ConfigError, match="index.json is damaged .*; delete the folder to compute it anew"):
+        open_cache(tmp_path)
+
+
+def test_a_part_is_told_by_its_files(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(bytes(200_000))
+    assert fingerprint(tmp_path / "a") == fingerprint(tmp_path / "b")
+    (tmp_path / "b" / "model.safetensors").write_bytes(bytes(199_999) + b"1")
+    assert fingerprint(tmp_path / "a") != fingerprint(tmp_path / "b")
