@@ -2,6 +2,8 @@
 
 First UNet and text encoder together, then, from that start, the UNet alone: the text encoder's output is the space that
 an output projector is fitted to, and it can be fitted while the UNet goes on, because `freeze_text` keeps the space.
+Later the two may learn the words of clips as well, from frames (`moving`, `animated`); `keep_text` holds what captions
+of pictures mean, so that what was fitted to them stays right.
 
 Source: Rombach et al. 2022 (arXiv:2112.10752), where the text encoder of the text-to-image model is trained with the
 UNet; velocity target (arXiv:2202.00512), zero terminal signal-to-noise ratio (arXiv:2305.08891), min-SNR weighting
@@ -10,6 +12,7 @@ UNet; velocity target (arXiv:2202.00512), zero terminal signal-to-noise ratio (a
 
 import copy
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from torch import Tensor
 from anygen.errors import ConfigError
 from anygen.generators.stable_diffusion import SamplingDefaults, StableDiffusionGenerator, TextConditioner
 from anygen.training.captions import canonical, caption_corpus, said, varied
+from anygen.training.clip_pools import ClipFrames
 from anygen.training.icons import IconSet
 from anygen.training.latent_diffusion import (
     CaptionTokens,
@@ -33,9 +37,11 @@ from anygen.training.latent_diffusion import (
 from anygen.training.loop import (
     AveragedWeights,
     RunLog,
+    lowering,
     save_grid,
     start,
 )
+from anygen.training.motion import FRAMES
 from anygen.training.pictures import PictureSource, load_icons
 from anygen.training.tokenizer import train_tokenizer
 
@@ -64,11 +70,37 @@ class DiffusionRecipe(LatentDiffusionRecipe):
     vocab_size: int = 4096
     pool: int = 200_000
     """Composed pictures that are encoded once and drawn from."""
+    moving: int = 0
+    """Clips of synthetic motion whose frames are drawn from as well."""
+    animated: int = 0
+    """Clips of animated icons, likewise."""
+    animations: str | None = None
+    """Directory of the built animations; needed for animated clips."""
+    animations_checksum: str | None = None
+    """The animations' checksum; None accepts any."""
+    frames: int = FRAMES
+    """Of a clip."""
+    frame_share: float = 0.0
+    """Of a batch, of frames of clips."""
+    keep_text: float | None = None
+    """Weight of what holds the text encoder at its start for captions of pictures: the mean squared change, as a share
+    of the output's variance. None: nothing does."""
     sampling: SamplingDefaults = field(default_factory=lambda: SamplingDefaults(steps=16, guidance_scale=3.5))
 
     def __post_init__(self) -> None:
         if self.freeze_text and self.start is None:
             raise ConfigError("freeze_text needs a start: an untrained text encoder would stay as it is")
+        if self.keep_text is not None and (self.start is None or self.freeze_text):
+            raise ConfigError("keep_text needs a start to keep, and a text encoder that is trained")
+        if not 0 <= self.frame_share < 1 or (self.frame_share > 0) != (self.moving + self.animated > 0):
+            raise ConfigError("frame_share: a share below 1 needs moving or animated clips, and they need a share")
+        if self.animated and self.animations is None:
+            raise ConfigError("animated: needs animations, the directory that holds them")
+
+    @property
+    def pictures(self) -> int:
+        """Rows of a batch that are pictures; they come first."""
+        return self.batch_size - round(self.batch_size * self.frame_share)
 
 
 def build_unet(recipe: DiffusionRecipe, latent_channels: int, side: int) -> Any:
@@ -153,17 +185,57 @@ class LatentPool:
         self.tokens = torch.cat(tokens).view(len(self.latents), 2, -1).to(device)
         self.empty = tokenize([""])[0].to(device)
 
+        self.frames, self.share = None, recipe.frame_share
+        if self.share:
+            clips = _Clips(recipe, icons.pixels.shape[-1])
+            self.frames = ClipFrames(clips, icons, vae, text, device)
+
     def draw(self, size: int, dropout: float) -> tuple[Tensor, Tensor]:
-        """float[B, c, h, w] latents and int64[B, L] captions, a share of them empty."""
-        device = self.latents.device
-        rows = torch.randint(len(self.latents), (size,), device=device)
-        tokens = self.tokens[rows, torch.randint(2, (size,), device=device)]
+        """float[B, c, h, w] latents, frames of clips last, and int64[B, L] captions, a share of them empty."""
+        device, others = self.latents.device, round(size * self.share)
+        rows = torch.randint(len(self.latents), (size - others,), device=device)
+        latents, tokens = self.latents[rows].float(), self.tokens[rows, torch.randint(2, rows.shape, device=device)]
+        if self.frames is not None:
+            more, said_of = self.frames.draw(others)
+            latents, tokens = torch.cat([latents, more]), torch.cat([tokens, said_of])
         dropped = torch.rand(size, 1, device=device) < dropout
-        return self.latents[rows].float(), torch.where(dropped, self.empty, tokens)
+        return latents, torch.where(dropped, self.empty, tokens)
+
+
+class _Clips:
+    """A recipe's clips, of the icons' side."""
+
+    def __init__(self, recipe: DiffusionRecipe, side: int) -> None:
+        self.seed, self.side, self.frames = recipe.seed, side, recipe.frames
+        self.moving, self.animated = recipe.moving, recipe.animated
+        self.animations, self.animations_checksum = recipe.animations, recipe.animations_checksum
 
 
 class _Objective(VelocityObjective):
-    """With a `CLIPTextModel`."""
+    """With a `CLIPTextModel`.
+
+    Args:
+        keep: weight of the text encoder's change from what it was when this was built, or None.
+        kept: rows of a batch that it counts for, the first ones.
+    """
+
+    def __init__(self, *args: Any, keep: float | None = None, kept: int = 0, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.keep, self.kept = keep, kept
+        self.given = None if keep is None else copy.deepcopy(self.text).requires_grad_(False)
+
+    def forward(self, latents: Tensor, tokens: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        """The velocity loss, and how far captions have moved."""
+        loss = super().forward(latents, tokens, noise, times)
+        return loss if self.given is None else loss + (self.keep or 0) * self.moved(tokens[: self.kept])
+
+    def moved(self, tokens: Tensor) -> Tensor:
+        """Mean squared change of the text encoder's output, as a share of its variance: int64[B, L] -> float32[]."""
+        assert self.given is not None
+        with torch.no_grad():
+            before = self.given(input_ids=tokens).last_hidden_state.float()
+        after = self.text(input_ids=tokens).last_hidden_state.float()
+        return (after - before).square().mean() / before.var(0, correction=0).mean().clamp(min=1e-6)
 
     def predict(self, noisy: Tensor, tokens: Tensor, times: Tensor) -> Tensor:
         embeds = self.text(input_ids=tokens).last_hidden_state
@@ -173,6 +245,7 @@ class _Objective(VelocityObjective):
         return self.unet(noisy, times, encoder_hidden_states=embeds, return_dict=False)[0]
 
 
+@lowering("batch_size", "pool")
 def train(recipe: DiffusionRecipe, out: Path) -> dict[str, float]:
     """Runs the recipe and writes `out/generator`, a diffusers folder in fp16.
 
@@ -192,7 +265,15 @@ def train(recipe: DiffusionRecipe, out: Path) -> dict[str, float]:
     pool = LatentPool(recipe, PictureSource(icons, seed=recipe.seed, device=device), vae, text)
     log.write(pool=len(pool.latents), latent_std=pool.latents.float().std().item())
     text.encoder.requires_grad_(not recipe.freeze_text)
-    objective: Any = _Objective(unet, text.encoder, scheduler.alphas_cumprod, recipe.min_snr, recipe.condition_noise)
+    objective: Any = _Objective(
+        unet,
+        text.encoder,
+        scheduler.alphas_cumprod,
+        recipe.min_snr,
+        recipe.condition_noise,
+        keep=recipe.keep_text,
+        kept=recipe.pictures,
+    )
     objective = objective.to(device, memory_format=torch.channels_last)
     log.write(unet=sum(p.numel() for p in unet.parameters()), text=sum(p.numel() for p in text.encoder.parameters()))
     average = AveragedWeights(objective, recipe.ema)
@@ -211,7 +292,15 @@ def train(recipe: DiffusionRecipe, out: Path) -> dict[str, float]:
         )
 
     def shown(step: int | None) -> None:
-        show(pack(), out / ("samples.png" if step is None else f"samples-{step}.png"), dtype)
+        captions = SHOWN + FRAMES_SHOWN if recipe.frame_share else SHOWN
+        show(pack(), out / ("samples.png" if step is None else f"samples-{step}.png"), dtype, captions)
+
+    def write() -> None:
+        if recipe.keep_text is not None:
+            with torch.no_grad():
+                moved = average.module.moved(pool.draw(recipe.batch_size, 0.0)[1][: recipe.pictures])
+            log.write(text_moved=moved.item())
+        save_half(pack(), Path(recipe.vae), out / "generator")
 
     return fit(
         recipe,
@@ -224,7 +313,7 @@ def train(recipe: DiffusionRecipe, out: Path) -> dict[str, float]:
         counted="images",
         show=shown,
         show_every=4000,
-        write=lambda: save_half(pack(), Path(recipe.vae), out / "generator"),
+        write=write,
     )
 
 
@@ -238,13 +327,19 @@ SHOWN = (
     "two pizzas, in the flat style, on a pink background",
     "a face with tears of joy",
 )
+FRAMES_SHOWN = (
+    "a dog moving left, in the cartoon style",
+    "a trumpet spinning, in the sticker style",
+    "a tiger growing, in the retro style",
+    "a red apple moving right, in the 3D style, on a blue background",
+)
 
 
-def show(generator: StableDiffusionGenerator, path: Path, dtype: torch.dtype) -> None:
-    """Draws each caption of SHOWN with four seeds."""
-    condition = generator.encode_text([caption for caption in SHOWN for _ in range(4)])
+def show(generator: StableDiffusionGenerator, path: Path, dtype: torch.dtype, captions: Sequence[str] = SHOWN) -> None:
+    """Draws each caption with four seeds."""
+    condition = generator.encode_text([caption for caption in captions for _ in range(4)])
     with torch.autocast(generator.device.type, dtype=dtype, enabled=dtype != torch.float32):
-        latents = generator.sample(condition, seeds=list(range(4)) * len(SHOWN))
+        latents = generator.sample(condition, seeds=list(range(4)) * len(captions))
     save_grid(generator.decode(latents), path, columns=8)
 
 

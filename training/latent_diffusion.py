@@ -40,7 +40,9 @@ class LatentDiffusionRecipe(Config):
     caption_dropout: float = 0.1
     condition_noise: float = 0.0
     """Most noise on the text side's output, in its standard deviations; see `disturbed`."""
-    min_snr: float = 5.0
+    min_snr: float | None = 5.0
+    """Gamma of min-SNR weighting; None: all times weigh alike, so that what is settled while there is little but noise
+    (where things are, how they go on) counts as much as what they look like."""
     compile: bool = False
     compile_mode: str = "default"
     """`torch.compile`'s; "reduce-overhead" replays the step as a CUDA graph."""
@@ -111,12 +113,12 @@ class VelocityObjective(nn.Module, ABC):
         unet: predicts velocities.
         text: what makes conditions of token ids.
         alphas_cumprod: float[steps of the schedule], the squared signal rates.
-        min_snr: gamma.
+        min_snr: as the recipe's.
         condition_noise: as the recipe's.
     """
 
     def __init__(
-        self, unet: Any, text: Any, alphas_cumprod: Tensor, min_snr: float, condition_noise: float = 0.0
+        self, unet: Any, text: Any, alphas_cumprod: Tensor, min_snr: float | None, condition_noise: float = 0.0
     ) -> None:
         super().__init__()
         self.unet, self.text = unet, text
@@ -129,11 +131,13 @@ class VelocityObjective(nn.Module, ABC):
         """float[B, c, ...], long[B, L], long[B] -> the UNet's velocities."""
 
     def forward(self, latents: Tensor, tokens: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        """The velocity loss, weighted by min(SNR, gamma) / (SNR + 1)."""
+        """The velocity loss, weighted by min(SNR, gamma) / (SNR + 1), or not at all."""
         kept = self.alphas_cumprod[times].view(-1, *[1] * (latents.ndim - 1))
         signal, sigma = kept.sqrt(), (1 - kept).sqrt()
         predicted = self.predict(signal * latents + sigma * noise, tokens, times)
         target = diffusion_target(latents, noise, self.alphas_cumprod, times, "v_prediction")
+        if self.min_snr is None:
+            return diffusion_loss(predicted, target, None)
         weights = snr_weights(self.alphas_cumprod, times, self.min_snr, "v_prediction")
         # At pure noise the weight would vanish, but there the velocity is all that sets the sample.
         return diffusion_loss(predicted, target, weights.clamp(min=0.1))

@@ -42,6 +42,7 @@ from anygen.training.latent_diffusion import (
 from anygen.training.loop import (
     AveragedWeights,
     RunLog,
+    lowering,
     save_grid,
     start,
 )
@@ -222,7 +223,7 @@ class _Objective(VelocityObjective):
     """With a `SoundText`."""
 
     def __init__(
-        self, unet: Any, text: SoundText, alphas_cumprod: Tensor, min_snr: float, condition_noise: float = 0.0
+        self, unet: Any, text: SoundText, alphas_cumprod: Tensor, min_snr: float | None, condition_noise: float = 0.0
     ) -> None:
         super().__init__(unet, text, alphas_cumprod, min_snr, condition_noise)
         self.end = int(text.tokenizer.eos_token_id)
@@ -244,6 +245,7 @@ class _Objective(VelocityObjective):
         )[0]
 
 
+@lowering("batch_size", "pool")
 def train(recipe: SoundDiffusionRecipe, out: Path) -> dict[str, float]:
     """Runs the recipe and writes `out/generator`, a diffusers folder in fp16.
 

@@ -15,23 +15,12 @@ from anygen.generators.clip_unet import is_temporal, temporal_state
 from anygen.generators.latent import EMBEDS
 from anygen.generators.stable_diffusion import StableDiffusionGenerator
 from anygen.generators.zeroscope import ClipDefaults, ZeroscopeGenerator
+from anygen.training.clip_pools import ClipPool, LatentClips, encode_clips, moving_clips, shares_of, still_clips
 from anygen.training.icons import IconSet
 from anygen.training.latent_diffusion import CaptionTokens, build_scheduler
 from anygen.training.losses import snr_weights
 from anygen.training.motion import MotionSource
-from anygen.training.video_diffusion import (
-    ClipPool,
-    LatentClips,
-    VideoDiffusionRecipe,
-    _Objective,
-    build_unet,
-    channels_last,
-    encode_clips,
-    moving_clips,
-    shares_of,
-    still_clips,
-    train,
-)
+from anygen.training.video_diffusion import VideoDiffusionRecipe, _Objective, build_unet, channels_last, train
 
 Run = tuple[Path, dict[str, float]]
 
