@@ -211,7 +211,7 @@ class AnyGenModel(nn.Module):
         return projected
 
     def encode(self, modality: str, media: MediaInput) -> Features:
-        """An encoder's tensors -> its features; features pass as they are. No gradient reaches the encoder.
+        """An encoder's tensors -> its features; features pass as they are. Only an encoder that trains gets gradients.
 
         Raises:
             ModalityError: tensors were given, but that encoder is not loaded.
@@ -223,8 +223,10 @@ class AnyGenModel(nn.Module):
         if modality not in self.encoders:
             loaded = ", ".join(self.encoders) or "none"
             raise ModalityError(f"the encoder of {modality} is not loaded (loaded: {loaded}); give its features")
-        with torch.no_grad():
-            return self.encoders[modality](**cast(Mapping[str, Tensor], media))
+        encoder = self.encoders[modality]
+        trains = torch.is_grad_enabled() and any(p.requires_grad for p in encoder.parameters())
+        with torch.set_grad_enabled(trains):
+            return encoder(**cast(Mapping[str, Tensor], media))
 
     def encode_parts(self, parts: Sequence[MediaPart]) -> dict[str, Features]:
         """Message parts, such as those of several prompts in reading order -> what `forward` takes as `media`.

@@ -10,6 +10,7 @@ Shapes: B batch, S clips of a sample, T tokens, C trunk width, E output width (`
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, cast
 
@@ -214,6 +215,24 @@ class ImageBindEncoder(Encoder):
         if self.trunk == "text":
             mask = torch.arange(tokens.shape[1], device=tokens.device) <= values.argmax(-1, keepdim=True)
         return Features(tokens, mask)
+
+    def set_image_size(self, size: int) -> None:
+        """Reads pictures and clips of `size` x `size` pixels from now on; positions are interpolated.
+
+        Source: the bicubic interpolation of positions of DINO (arXiv:2104.14294), which ImageBind's release uses.
+
+        Raises:
+            ConfigError: it reads no pictures, the size is no multiple of the patch, or changes the number of features.
+        """
+        trunk = self.config.trunks[self.trunk]
+        if not isinstance(trunk, VisionConfig):
+            raise ConfigError(f"an ImageBind encoder of {self.modality} reads no pictures, so it has no image size")
+        if self.features == "tokens" and size != trunk.image_size:
+            raise ConfigError(f"at {size} pixels there are other numbers of tokens than at {trunk.image_size}")
+        config = replace(self.config, vision=replace(trunk, image_size=size))
+        tokens = cast(PatchTokens, self.model.modality_preprocessors[self.trunk])
+        tokens.resize(size // trunk.patch, ((3, size, size), (3, trunk.frames, size, size)))
+        self.config = self.model.config = config
 
     def _values(self, media: Sequence[Any]) -> Tensor:
         trunk = self.config.trunks[self.trunk]

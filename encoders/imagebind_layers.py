@@ -164,6 +164,18 @@ class PatchTokens(nn.Module):
             {"pos_embed": nn.Parameter(torch.randn(1, 1 + patches, width) * width**-0.5)}
         )
 
+    def resize(self, side: int, shapes: tuple[tuple[int, ...], ...]) -> None:
+        """Takes square pictures of side x side patches from now on; positions are interpolated, bicubically."""
+        old = self.pos_embedding_helper["pos_embed"]
+        count, width = old.shape[1] - 1, old.shape[2]
+        self.shapes, self.dropped = shapes, self.dropped * side * side // count
+        if side * side == count:
+            return
+        grid = old.detach()[:, 1:].unflatten(1, (math.isqrt(count), -1)).permute(0, 3, 1, 2)  # [1, C, h, w]
+        grid = F.interpolate(grid.float(), size=(side, side), mode="bicubic", align_corners=False).to(old.dtype)
+        places = torch.cat([old.detach()[:, :1], grid.permute(0, 2, 3, 1).reshape(1, -1, width)], dim=1)
+        self.pos_embedding_helper["pos_embed"] = nn.Parameter(places, requires_grad=old.requires_grad)
+
     def forward(self, x: Tensor) -> Tensor:
         """float[B, *shape] -> float[B, 1 + patches, C]; in training without those that are dropped.
 

@@ -25,6 +25,23 @@ Predictor = Callable[[Tensor, Tensor], Tensor]
 """(latents, time or times) -> what the UNet predicts."""
 
 
+def snr_weights(alphas_cumprod: Tensor, steps: Tensor, gamma: float | None, prediction_type: str) -> Tensor:
+    """min-SNR weights of a batch of steps; ones if `gamma` is None.
+
+    Source: Hang et al. (arXiv:2303.09556): min(SNR, gamma) in clean-sample space, hence divided by SNR for epsilon
+    and by SNR + 1 for v.
+
+    Returns:
+        float32[B].
+    """
+    if gamma is None:
+        return torch.ones(len(steps), device=steps.device)
+    signal = alphas_cumprod.to(steps.device).float()[steps]
+    snr = signal / (1 - signal)
+    clipped = snr.clamp(max=gamma)
+    return {"epsilon": clipped / snr, "v_prediction": clipped / (snr + 1), "sample": clipped}[prediction_type]
+
+
 class DenoisingGenerator(Generator):
     """A generator with a VAE, a UNet and a noise schedule of diffusers."""
 
@@ -51,6 +68,9 @@ class DenoisingGenerator(Generator):
         kind = check_compile(compile)
         self.quick = Quick(self.models(), graphs=graphs and on_gpu, compile=kind, layout=on_gpu and kind is not None)
         return self
+
+    min_snr: float | None = None
+    """gamma of the min-SNR weights of `denoising_loss`; None weighs all times alike."""
 
     placed: Placed | None = None
     """Where the models come and go, if `place` was called."""
@@ -184,7 +204,7 @@ class DenoisingGenerator(Generator):
         return latents
 
     def prediction_loss(self, predict: Predictor, latents: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Mean squared error of predictions for float[B, c, ...] at random times.
+        """Mean squared error of predictions for float[B, c, ...] at random times, weighted if `min_snr` is set.
 
         Args:
             predict: the UNet with its conditions, into which gradients flow.
@@ -195,7 +215,12 @@ class DenoisingGenerator(Generator):
         last = self.scheduler.config.num_train_timesteps
         times = torch.randint(last, (len(latents),), generator=generator, device=latents.device)
         predicted = predict(self.add_noise(latents, noise, times), times)
-        return F.mse_loss(predicted.float(), self.target(latents, noise, times).float())
+        errors = F.mse_loss(predicted.float(), self.target(latents, noise, times).float(), reduction="none")
+        if self.min_snr is None:
+            return errors.mean()
+        kind = self.scheduler.config.get("prediction_type", "epsilon")
+        weights = snr_weights(self.scheduler.alphas_cumprod, times, self.min_snr, kind)
+        return (errors.flatten(1).mean(1) * weights).mean()
 
     def encode(self, values: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """What the VAE reads, float[B, C, H, W] -> a sample of its latents, scaled: float[B, c, h, w]."""

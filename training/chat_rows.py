@@ -7,9 +7,10 @@
 
 It is that of prompts (`anygen.messages`). A medium in an answer needs a caption, which is what the LLM learns to ask a
 generator for; its file is needed only where the diffusion loss is trained. A medium without value is the next one of
-the row's column `images`, `videos` or `audios`, and `messages` may be a string of JSON, as in tables. Two shorter forms: `{"image": "guitar.png",
-"caption": "a guitar"}` for encoders, `{"caption": "a guitar"}` for decoders; one more for preferences: `{"prompt":
-[messages], "chosen": [message], "rejected": [message]}`, as TRL has it.
+the row's column `images`, `videos` or `audios`, and `messages` may be a string of JSON, as in tables.
+
+Two shorter forms: `{"image": "guitar.png", "caption": "a guitar"}` for encoders, `{"caption": "a guitar"}` for
+decoders; one more for preferences: `{"prompt": [messages], "chosen": [message], "rejected": [message]}`, as in TRL.
 """
 
 import base64

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anygen.errors import ConfigError
+from anygen.generators.denoising import snr_weights
 from anygen.losses import AlignmentConfig, caption_alignment_loss, condition_loss, lm_loss, token_loss
 from anygen.training.prefix import prefix_alignment
 
@@ -78,23 +79,6 @@ def diffusion_target(
         raise ConfigError(f"unknown prediction type '{prediction_type}'; known: epsilon, v_prediction, sample")
     signal = alphas_cumprod.to(clean.device)[steps].view(-1, *[1] * (clean.ndim - 1))
     return signal.sqrt().to(clean.dtype) * noise - (1 - signal).sqrt().to(clean.dtype) * clean
-
-
-def snr_weights(alphas_cumprod: Tensor, steps: Tensor, gamma: float | None, prediction_type: PredictionType) -> Tensor:
-    """min-SNR weights of a batch of steps; ones if `gamma` is None.
-
-    Source: Hang et al. (arXiv:2303.09556): min(SNR, gamma) in clean-sample space, hence divided by SNR for epsilon
-    and by SNR + 1 for v.
-
-    Returns:
-        float32[B].
-    """
-    if gamma is None:
-        return torch.ones(len(steps), device=steps.device)
-    signal = alphas_cumprod.to(steps.device).float()[steps]
-    snr = signal / (1 - signal)
-    clipped = snr.clamp(max=gamma)
-    return {"epsilon": clipped / snr, "v_prediction": clipped / (snr + 1), "sample": clipped}[prediction_type]
 
 
 def diffusion_loss(prediction: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:

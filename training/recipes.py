@@ -36,6 +36,10 @@ KINDS: dict[str, tuple[str, str]] = {
     "sound_diffusion": ("anygen.training.sound_diffusion", "SoundDiffusionRecipe"),
     "video_diffusion": ("anygen.training.video_diffusion", "VideoDiffusionRecipe"),
     "vocoder": ("anygen.training.vocoder", "VocoderRecipe"),
+    "encoder_alignment": ("anygen.training.encoder_alignment", "EncoderAlignmentRecipe"),
+    "decoder_alignment": ("anygen.training.decoder_alignment", "DecoderAlignmentRecipe"),
+    "instruction_tuning": ("anygen.training.instruction_tuning", "InstructionTuningRecipe"),
+    "preference_tuning": ("anygen.training.preference_tuning", "PreferenceTuningRecipe"),
     "new_input": ("anygen.training.new_input", "NewInputRecipe"),
     "new_output": ("anygen.training.new_output", "NewOutputRecipe"),
 }

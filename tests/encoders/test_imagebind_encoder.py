@@ -119,3 +119,36 @@ def test_what_it_cannot_be_is_refused() -> None:
         ImageBindEncoder(CONFIG, features="cls")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="an ImageBind text encoder needs a tokenizer"):
         ImageBindEncoder(CONFIG, modality="text").preprocess(["red"])
+
+
+def test_pictures_of_another_size_are_read_with_interpolated_positions() -> None:
+    """The reference is the interpolation of transformers' own ViT."""
+    from transformers import ViTConfig
+    from transformers.models.vit.modeling_vit import ViTEmbeddings
+
+    torch.manual_seed(0)
+    vision = VisionConfig(width=16, blocks=1, heads=2, image_size=32, patch=8)
+    encoder = ImageBindEncoder(ImageBindConfig(out_dim=6, vision=vision)).eval()
+    tokens: Any = encoder.model.modality_preprocessors["vision"]
+    before = tokens.pos_embedding_helper["pos_embed"].detach().clone()
+    theirs = ViTEmbeddings(ViTConfig(hidden_size=16, image_size=32, patch_size=8))
+    theirs.position_embeddings.data.copy_(before)
+    encoder.set_image_size(48)
+    wanted = theirs.interpolate_pos_encoding(torch.zeros(1, 37, 16), 48, 48)
+    torch.testing.assert_close(tokens.pos_embedding_helper["pos_embed"], wanted)
+    picture = Image.from_any(np.arange(20 * 30 * 3, dtype=np.uint8).reshape(20, 30, 3))
+    inputs = encoder.preprocess([picture])
+    assert inputs["inputs"].shape[-2:] == (48, 48) and encoder(**inputs).values.shape == (1, 1, 6)
+    encoder.set_image_size(48)
+    torch.testing.assert_close(tokens.pos_embedding_helper["pos_embed"], wanted)
+
+
+def test_sizes_that_cannot_be_read_are_told() -> None:
+    vision = VisionConfig(width=16, blocks=1, heads=2, image_size=32, patch=8)
+    with pytest.raises(ConfigError, match="image_size 20 is not a multiple of patch 8"):
+        ImageBindEncoder(ImageBindConfig(out_dim=6, vision=vision)).set_image_size(20)
+    with pytest.raises(ConfigError, match="at 16 pixels there are other numbers of tokens than at 32"):
+        ImageBindEncoder(ImageBindConfig(out_dim=6, vision=vision), features="tokens").set_image_size(16)
+    audio = PlaneConfig(width=16, blocks=1, heads=2, height=32, plane_width=40, logit_scale=20)
+    with pytest.raises(ConfigError, match="an ImageBind encoder of audio reads no pictures"):
+        ImageBindEncoder(ImageBindConfig(out_dim=6, audio=audio), modality="audio").set_image_size(16)

@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from anygen.llm import LLM
     from anygen.training.icons import IconSet
     from anygen.training.sounds import SoundBank
 
@@ -194,3 +197,97 @@ def bank(sound_bank_dir: Path) -> "SoundBank":
     from anygen.training.sounds import SoundBank
 
     return SoundBank.load(sound_bank_dir)
+
+
+@pytest.fixture(scope="session")
+def user_model(
+    tiny_llm: "Callable[..., LLM]",
+    tiny_zeroscope: "Callable[..., Any]",
+    tiny_audioldm2: "Callable[..., Any]",
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """A user's model directory: reads images, makes clips and sounds; no adapter. Not to be written to."""
+    import torch
+
+    from anygen.encoders.imagebind import ImageBindEncoder
+    from anygen.encoders.imagebind_config import ImageBindConfig, VisionConfig
+    from anygen.model import AnyGenModel
+    from anygen.model_config import (
+        AnyGenConfig,
+        InputConfig,
+        ModalityConfig,
+        OutputConfig,
+        PartConfig,
+        SourceConfig,
+        SourcedPartConfig,
+    )
+    from anygen.saving import save_model
+
+    def part(name: str, path: str) -> SourcedPartConfig:
+        return SourcedPartConfig(name=name, source=SourceConfig(path=path))
+
+    torch.manual_seed(0)
+    vision = VisionConfig(width=16, blocks=1, heads=2, image_size=16, patch=8, frames=2)
+    encoder = ImageBindEncoder(ImageBindConfig(out_dim=6, vision=vision))
+    makers: dict[str, Any] = {"video": tiny_zeroscope(), "audio": tiny_audioldm2()}
+    names = {"video": "zeroscope", "audio": "audioldm2"}
+    outputs = {
+        modality: OutputConfig(
+            signal_tokens=2,
+            condition={name: tuple(shape) for name, shape in maker.condition_spec.shapes.items()},
+            generator=part(names[modality], f"generators/{modality}"),
+            projector=PartConfig(name="mlp", options={"width": 16}),
+        )
+        for modality, maker in makers.items()
+    }
+    projector = PartConfig(name="mlp", options={"tokens": 2})
+    encoder_part = part("imagebind", "encoders/image")
+    image = InputConfig(encoder=encoder_part, feature_dim=6, slots=2, projector=projector)
+    config = AnyGenConfig(
+        name="mine",
+        llm=SourceConfig(path="llm"),
+        modalities={
+            "image": ModalityConfig(input=image),
+            "video": ModalityConfig(output=outputs["video"]),
+            "audio": ModalityConfig(output=outputs["audio"]),
+        },
+    )
+    model = AnyGenModel(config, tiny_llm(), {"image": encoder}).initialize(seed=0).eval()
+    directory = tmp_path_factory.mktemp("user") / "model"
+    save_model(directory, model, makers)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def user_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures, captions, conversations and preferences for `user_model`."""
+    from anygen.media import Image
+
+    folder = tmp_path_factory.mktemp("data")
+    random = np.random.default_rng(0)
+    pairs, chats = [], []
+    for number in range(12):
+        words = ("red", "green", "blue")[number % 3]
+        pixels = random.integers(0, 60, (16, 16, 3), dtype=np.uint8)
+        pixels[..., number % 3] += 190
+        Image.from_any(pixels).save(folder / f"{number}.png")
+        pairs.append({"image": f"{number}.png", "caption": words})
+        turns = [
+            {"role": "user", "content": [{"type": "image", "image": f"{number}.png"}, "What is this?"]},
+            {"role": "assistant", "content": words},
+            {"role": "user", "content": "Play it."},
+            {"role": "assistant", "content": ["Here.", {"type": "audio", "caption": f"a {words} dog"}]},
+        ]
+        chats.append({"messages": turns[:2] if number % 2 else turns})
+    talk = [
+        {"messages": [{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": f"{n}!"}]}
+        for n in range(6)
+    ]
+    medium = {"role": "assistant", "content": [{"type": "video", "caption": "two dogs"}]}
+    words = {"role": "assistant", "content": "I cannot draw."}
+    prompts = [[{"role": "user", "content": text}] for text in ("Film two dogs.", "Draw two dogs.", "Two dogs!")]
+    wanted = [{"prompt": prompt, "chosen": [medium], "rejected": [words]} for prompt in prompts]
+    for name, rows in {"pairs": pairs, "chats": chats, "talk": talk, "wanted": wanted}.items():
+        (folder / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    (folder / "captions.txt").write_text("a dog\na red apple\ntwo dogs\na trumpet playing\ntwo red dogs\na red dog\n")
+    return folder

@@ -76,7 +76,9 @@ def test_a_pattern_names_several_files_and_columns_get_other_names(tmp_path: Pat
 
 def test_captions_are_lines_and_what_does_not_fit_is_told_by_its_line(tmp_path: Path) -> None:
     path = tmp_path / "c.txt"
-    path.write_bytes(b"\xef\xbb\xbfa  red apple\n\n a red apple \r\nan old shoe\n\xff\xfe rose\n" + b"x" * 100_000 + b"\n")
+    path.write_bytes(
+        b"\xef\xbb\xbfa  red apple\n\n a red apple \r\nan old shoe\n\xff\xfe rose\n" + b"x" * 100_000 + b"\n"
+    )
     with pytest.raises(ConfigError) as caught:
         read(str(path), itself)
     assert str(caught.value) == (
@@ -94,7 +96,9 @@ def test_broken_lines_are_counted_and_left_out_up_to_a_share(
     path = tmp_path / "r.jsonl"
     path.write_bytes(b"\n".join([*lines, b'"\xff"']) + b"\n")
     monkeypatch.setattr(data_rows.logger, "propagate", True)
-    with pytest.raises(ConfigError, match=r"3 of 6 rows do not fit \(lines 2, 4, 6\): it is not JSON .*; it is no JSON"):
+    with pytest.raises(
+        ConfigError, match=r"3 of 6 rows do not fit \(lines 2, 4, 6\): it is not JSON .*; it is no JSON"
+    ):
         read(str(path), itself, 0.49)
     with caplog.at_level("WARNING", "anygen.training"):
         assert read(str(path), itself, 0.5) == [ROWS[0], ROWS[2], ROWS[4]]

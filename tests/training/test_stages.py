@@ -1,0 +1,273 @@
+"""Stages on a user's model and data: what moves, what they learn, what is in memory, what bad input gets."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from anygen.component import read_safetensors
+from anygen.errors import ConfigError
+from anygen.messages import MediaPart, Message, TextPart
+from anygen.model import AnyGenModel
+from anygen.training import decoder_alignment, encoder_alignment, instruction_tuning, precompute
+from anygen.training.chat_rows import Shown, conversation
+from anygen.training.data_rows import read
+from anygen.training.decoder_alignment import DecoderAlignmentRecipe
+from anygen.training.encoder_alignment import EncoderAlignmentRecipe
+from anygen.training.instruction_tuning import InstructionTuningRecipe
+from anygen.training.stage_data import Item, Mixed, learn
+from anygen.training.trainable import PeftSettings
+
+QUICK: dict[str, Any] = dict(steps=12, batch_size=4, report_to=(), learning_rate=1e-2, held_out=0.2)
+
+
+def quick(changes: dict[str, Any]) -> dict[str, Any]:
+    return QUICK | changes
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    """Everything that a model's directory holds, by file and name."""
+    found = {}
+    for path in sorted(directory.rglob("*.safetensors")):
+        stem = path.name.removesuffix(".safetensors").split("-0000")[0]
+        place = path.parent.relative_to(directory).as_posix()
+        found |= {f"{place}/{stem}:{name}": value for name, value in read_safetensors(path.parent, stem).items()}
+    return found
+
+
+def moved(before: Path, after: Path) -> set[str]:
+    """The names of the weights that differ, without those that only one has."""
+    old, new = weights(before), weights(after)
+    return {name for name in old.keys() & new.keys() if not torch.equal(old[name], new[name])}
+
+
+def report(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "training.jsonl").read_text().splitlines()]
+
+
+def test_encoder_alignment_moves_the_projector_alone_and_learns(
+    user_model: Path, user_data: Path, tmp_path: Path
+) -> None:
+    recipe = EncoderAlignmentRecipe(
+        model=str(user_model), data={"image": str(user_data / "pairs.jsonl")}, **quick({"steps": 40})
+    )
+    figures = encoder_alignment.train(recipe, tmp_path)
+    assert figures["held_out"] < 0.9 * figures["held_out_before"] and figures["steps"] == 40
+    changed = moved(user_model, tmp_path / "model")
+    assert changed and all(":input.image." in name for name in changed)
+    assert weights(user_model).keys() == weights(tmp_path / "model").keys()
+
+
+def test_decoder_alignment_learns_the_conditions_and_leaves_words_alone(
+    user_model: Path, user_data: Path, tmp_path: Path
+) -> None:
+    captions: dict[str, Any] = {"video": str(user_data / "captions.txt"), "audio": str(user_data / "captions.txt")}
+    recipe = DecoderAlignmentRecipe(model=str(user_model), captions=captions, **quick({"steps": 40}))
+    figures = decoder_alignment.train(recipe, tmp_path)
+    assert figures["held_out"] < 0.8 * figures["held_out_before"]
+    assert all(":output." in name for name in moved(user_model, tmp_path / "model"))
+    losses = [row for row in report(tmp_path) if "alignment_loss" in row]
+    assert losses and not any("lm_loss" in row for row in losses)
+
+
+def test_training_needs_neither_encoders_nor_generators_once_they_are_cached(
+    user_model: Path, user_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = InstructionTuningRecipe(
+        model=str(user_model),
+        data=str(user_data / "chats.jsonl"),
+        cache=str(tmp_path / "cache"),
+        peft=PeftSettings(kind="lora", rank=2),
+        **QUICK,
+    )
+    first = instruction_tuning.train(recipe, tmp_path / "a")
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("it was loaded")
+
+    monkeypatch.setattr(precompute, "load_encoder", refuse)
+    monkeypatch.setattr(precompute, "load_generator", refuse)
+    monkeypatch.setattr("anygen.model.load_encoder", refuse)
+    assert instruction_tuning.train(recipe, tmp_path / "b") == first, "and the same recipe gives the same numbers"
+
+
+def test_a_loss_from_caches_is_the_loss_of_the_model_with_its_parts(user_model: Path, user_data: Path) -> None:
+    """The reference is the model's own forward pass on media that its own encoder and generator read."""
+    from anygen.loading import load_generator
+    from anygen.training.stage import make_ready
+    from anygen.training.stage_data import Collator, arguments
+
+    recipe = InstructionTuningRecipe(
+        model=str(user_model),
+        data=str(user_data / "chats.jsonl"),
+        cache=str(user_data / "cache"),
+        peft=PeftSettings(kind="lora", rank=2),
+        held_out=0,
+    )
+    ready = make_ready(recipe, user_data, lambda config: instruction_tuning.prepare(recipe, config), ["llm"])
+    items = [{"learned": ready.make(one.talk(None)), "where": one.where} for one in ready.train[:3]]  # type: ignore[arg-type]
+    with torch.no_grad():
+        ours = ready.model.eval()(**arguments(Collator(ready.features, ready.conditions)(items)))
+    model = AnyGenModel.from_pretrained(user_model)
+    model.metrics, sound = ready.model.metrics, load_generator(
+        user_model, model.settings.outputs["audio"], torch.device("cpu"), torch.float32
+    )  # fmt: skip
+    losses = []
+    for messages in read(str(user_data / "chats.jsonl"), conversation)[:3]:
+        one = learn(model.prompts, messages, words=False)
+        read_media = [MediaPart(p.modality, p.media.load(p.modality)) for p in one.read]  # type: ignore[attr-defined]
+        said = [p.media.caption for p in one.made]  # type: ignore[attr-defined]
+        with torch.no_grad():
+            output = model(
+                torch.tensor([one.ids]),
+                labels=torch.tensor([one.labels]),
+                media=model.encode_parts(read_media),
+                conditions={"audio": sound.encode_text(said).tensors} if said else None,
+            )
+        losses.append((output, sum(label >= 0 for label in one.labels), len(said)))
+    words = sum(float(o.lm_loss) * n for o, n, _ in losses) / sum(n for _, n, _ in losses)
+    aligned = [float(o.alignment_loss) for o, _, said in losses if said]
+    assert float(ours.lm_loss) == pytest.approx(words, rel=1e-3)
+    assert float(ours.alignment_loss) == pytest.approx(sum(aligned) / len(aligned), rel=1e-2)
+
+
+def test_every_answer_of_a_conversation_is_learned_as_it_would_be_generated(
+    tiny_model: Callable[..., AnyGenModel],
+) -> None:
+    prompts = tiny_model().prompts
+    picture = MediaPart("image", Shown("a red apple"))  # type: ignore[arg-type]
+    talk = [
+        Message("user", (TextPart("Draw it."),)),
+        Message("assistant", (TextPart("Here."), picture)),
+        Message("user", (TextPart("What is this?"), MediaPart("image", Shown(key="k")))),  # type: ignore[arg-type]
+        Message("assistant", (TextPart("An apple."),)),
+        Message("user", (TextPart("Thanks."),)),
+        Message("assistant", (TextPart("Hello."),)),
+    ]
+    learned = learn(prompts, talk, words=True)
+    wanted = [label for end in (2, 4, 6) for label in prompts.example(talk[:end]).labels if label >= 0]
+    assert [label for label in learned.labels if label >= 0] == wanted
+    assert all(label in (token, -100) for token, label in zip(learned.ids, learned.labels, strict=True))
+    assert learned.made == [picture] and len(learned.read) == 1
+    route = learn(prompts, talk, words=False)
+    hidden = len(prompts.example(talk).labels) - len(prompts.prompt(talk[:5]).ids)
+    assert sum(label >= 0 for label in route.labels) == len(wanted) - (hidden - 1), "of the last answer the route alone"
+    last = learn(prompts, talk, words=True, all_turns=False)
+    assert last.labels == prompts.example(talk).labels
+
+
+def items(count: int, name: str) -> list[Item]:
+    return [Item(lambda rng, n=n: [n, rng.random()], name, n, length=n) for n in range(count)]  # type: ignore[misc]
+
+
+def test_text_is_mixed_in_by_its_share_and_every_item_comes_once_a_pass() -> None:
+    def order(seed: int, window: int = 1) -> Mixed:
+        return Mixed(
+            items(30, "media"),
+            lambda messages: messages,  # type: ignore[arg-type,return-value]
+            count=1000,
+            batch_size=4,
+            seed=seed,
+            text=items(7, "text"),
+            share=0.25,
+            window=window,
+            lengths=lambda item: item.length,
+        )
+
+    mixed = order(0)
+    places = [(item.source, item.place) for item, _ in mixed.order]
+    assert sum(source == "text" for source, _ in places) / 1000 == pytest.approx(0.25, abs=0.04)
+    media = [place for source, place in places if source == "media"]
+    assert all(sorted(media[n : n + 30]) == list(range(30)) for n in range(0, 600, 30))
+    assert [mixed[n] for n in range(9)] == [order(0)[n] for n in range(9)] != [order(1)[n] for n in range(9)]
+    bucketed = order(0, window=16).order
+    spread = [
+        max(item.length for item, _ in part) - min(item.length for item, _ in part)
+        for part in (bucketed[n : n + 4] for n in range(0, 1000, 4))
+    ]
+    assert sum(spread) / len(spread) < 4 and {d for _, d in bucketed} == set(range(1000))
+
+
+def test_media_that_cannot_be_read_are_bad_rows(user_model: Path, user_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    good = user_data / "0.png"
+    rows = [{"image": str(good), "caption": "red"}] * 3 + [{"image": "broken.png", "caption": "blue"}]
+    (tmp_path / "r.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    recipe = EncoderAlignmentRecipe(model=str(user_model), data={"image": str(tmp_path / "r.jsonl")}, **QUICK)
+    with pytest.raises(ConfigError, match=r"1 of 4 rows do not fit \(line 4\): .*broken.png"):
+        encoder_alignment.train(recipe, tmp_path / "out")
+    assert not (tmp_path / "out" / "model").exists()
+    figures = encoder_alignment.train(replace(recipe, bad_rows=0.3, steps=1), tmp_path / "out")
+    assert figures["steps"] == 1
+
+
+def test_conversations_that_are_too_long_are_bad_rows(user_model: Path, user_data: Path, tmp_path: Path) -> None:
+    data = str(user_data / "chats.jsonl")
+    recipe = InstructionTuningRecipe(
+        model=str(user_model), data=data, max_tokens=60, trains=("signal_tokens",), **QUICK
+    )
+    with pytest.raises(ConfigError, match=r"6 of 12 rows do not fit \(lines 1, 3, 5, .* tokens; max_tokens is 60"):
+        instruction_tuning.train(recipe, tmp_path)
+
+
+def test_a_loss_that_is_no_number_names_the_rows(user_model: Path, user_data: Path, tmp_path: Path) -> None:
+    recipe = EncoderAlignmentRecipe(
+        model=str(user_model),
+        data={"image": str(user_data / "pairs.jsonl")},
+        **quick({"learning_rate": 1e30, "warmup": 0.0, "max_grad_norm": 1e30, "save_every": 1}),
+    )
+    with pytest.raises(ConfigError) as caught:
+        encoder_alignment.train(recipe, tmp_path)
+    told = str(caught.value)
+    assert "the loss is no number at step" in told and "pairs.jsonl, line" in told
+    assert "checkpoint-" in told and "holds the last good state; lower learning_rate" in told
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda d: EncoderAlignmentRecipe(data={"video": d}), "data: the model does not read video, only image"),
+        (lambda d: DecoderAlignmentRecipe(captions={"image": d}), "the model does not make image, only video, audio"),
+        (lambda d: InstructionTuningRecipe(data=d), "trains names llm, which has no adapter; start one"),
+        (
+            lambda d: InstructionTuningRecipe(data=d, text_data=d, text_share=0.5),
+            "it holds media, which text_data must",
+        ),
+    ],
+)
+def test_what_does_not_fit_the_model_is_told(
+    make: Callable[[str], Any], told: str, user_model: Path, user_data: Path, tmp_path: Path
+) -> None:
+    recipe = replace(make(str(user_data / "chats.jsonl")), model=str(user_model), cache=str(user_data / "cache"))
+    with pytest.raises(ConfigError, match=told):
+        {
+            EncoderAlignmentRecipe: encoder_alignment,
+            DecoderAlignmentRecipe: decoder_alignment,
+            InstructionTuningRecipe: instruction_tuning,
+        }[type(recipe)].train(recipe, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"held_out": 1.0}, "held_out and bad_rows are shares"),
+        ({"batch_size": 0}, "batch_size, accumulate and max_tokens are at least 1"),
+        ({"alignment_weight": -1.0}, "weights of losses are not negative"),
+        ({"text_share": 0.5}, "text_data and text_share go together"),
+        ({"text_data": "t.jsonl", "text_share": 1.0}, "text_share is a share"),
+        ({"peft": {"kind": "lorra"}}, "peft.kind: unknown kind 'lorra', did you mean 'lora'"),
+        ({"data": {"pth": "x"}}, "unknown key 'data.SourceOfRows.pth'"),
+    ],
+)
+def test_values_that_cannot_be_are_told_before_anything_is_loaded(values: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        InstructionTuningRecipe.from_dict({"data": "d.jsonl"} | values)
+    for wrong, why in (({"data": {}}, "data names no modality"), ({"answer": "x"}, "answer must say the caption")):
+        with pytest.raises(ConfigError, match=why):
+            EncoderAlignmentRecipe.from_dict({"data": {"image": "d"}} | wrong)
+    with pytest.raises(ConfigError, match="requests must say the caption"):
+        DecoderAlignmentRecipe.from_dict({"captions": {"image": "c"}, "requests": {"image": ["Go."]}})

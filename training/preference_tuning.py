@@ -1,0 +1,263 @@
+"""Preference tuning on a user's pairs of answers, of which one is preferred: its words, and which media it holds.
+
+    kind: preference_tuning
+    out: runs/preference
+    model: anygen-mini
+    data: preferences.jsonl
+
+`trl.DPOTrainer` does it; here is what it is told of a model with media: token ids with slots and signal tokens, and
+log-probabilities over words and new tokens together. Of an answer its route, its words, the first token of each run
+and its end count, as they are what is chosen when it is generated; the rest of a run is forced. What the model was
+before is the reference, whose log-probabilities are computed once.
+
+Source: DPO (arXiv:2305.18290).
+Shapes: B pairs, so that a batch has 2B rows, the preferred answers first; T tokens, V + R classes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+
+from anygen.errors import ConfigError
+from anygen.losses import IGNORED
+from anygen.messages import Message
+from anygen.model import AnyGenModel
+from anygen.model_config import AnyGenConfig
+from anygen.prompts import pad
+from anygen.training.caches import TensorCache
+from anygen.training.chat_rows import Preference, check_fit, preference
+from anygen.training.data_rows import Rows, Source, read
+from anygen.training.instruction_tuning import sources
+from anygen.training.loop import RunLog
+from anygen.training.stage import Prepared, Ready, StageRecipe, make_ready
+from anygen.training.stage_data import Item, as_features, item, learn
+from anygen.training.stage_run import save, tell_parameters
+from anygen.training.stage_trainer import Log, callbacks, conduct, optimizer, training_arguments
+from anygen.training.trainable import PARTS
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreferenceTuningRecipe(StageRecipe):
+    """Pairs of answers."""
+
+    data: Source | tuple[Source, ...]
+    """Rows `{"prompt": [messages], "chosen": [message], "rejected": [message]}`, see `chat_rows`."""
+    beta: float = 0.1
+    """How near the model stays to what it was."""
+    loss: Literal["sigmoid", "ipo", "hinge", "robust"] = "sigmoid"
+    """TRL's name of the loss."""
+    label_smoothing: float = 0.0
+    """Share of the pairs that are thought to be the wrong way round; of `robust` and `sigmoid`."""
+    learning_rate: float = 5e-5
+
+    def __post_init__(self) -> None:
+        StageRecipe.__post_init__(self)
+        if self.beta <= 0:
+            raise ConfigError(f"beta is greater than 0, got {self.beta:g}")
+
+
+def prepare(recipe: PreferenceTuningRecipe, config: AnyGenConfig) -> Prepared:
+    """Reads and checks the pairs; an item's conversation is the prompt with the longer answer.
+
+    Raises:
+        ConfigError: too many rows do not fit.
+    """
+
+    def made(rows: Rows, number: int) -> Item:
+        pair = preference(rows, number)
+        talks = [[*pair.prompt, answer] for answer in (pair.chosen, pair.rejected)]
+        for talk in talks:
+            check_fit(talk, config)
+        longer = max(talks, key=lambda talk: len(talk[-1].text))
+        one = item(rows, number, lambda _: longer, pair.prompt)
+        return _Pair(**{name: getattr(one, name) for name in Item.__slots__}, pair=pair)
+
+    return Prepared([one for source in sources(recipe.data) for one in read(source, made, recipe.bad_rows)])
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair(Item):
+    pair: Preference = Preference([], Message("assistant", ()), Message("assistant", ()))
+
+
+class _Config(PretrainedConfig):
+    model_type = "anygen"
+
+
+class PreferenceModel(PreTrainedModel):
+    """An `AnyGenModel` as `trl.DPOTrainer` takes models: log-probabilities of given tokens come out."""
+
+    config_class = _Config
+    supports_gradient_checkpointing = True
+
+    def __init__(self, model: AnyGenModel) -> None:
+        super().__init__(_Config())
+        self.inner = model
+        self.generation_config = GenerationConfig()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "forward":  # TRL puts a pass there that wants one matrix as the head; ours gives what that would
+            super().__setattr__(name, value)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, media: Any = None, **_: Any
+    ) -> SimpleNamespace:
+        """Scores a batch.
+
+        Args:
+            input_ids: long[2B, T], slots negative.
+            attention_mask: long[2B, T].
+            labels: long[2B, T], -100 where nothing was chosen.
+            media: as for `AnyGenModel.forward`.
+
+        Returns:
+            `log_probs`, `entropy`, `mean_logits` float32[2B, T - 1] and `is_top1` bool[2B, T - 1], of the next tokens;
+            zero where nothing was chosen.
+        """
+        hidden = self.inner(input_ids, attention_mask, media=media).hidden_states
+        wanted = labels[:, 1:] != IGNORED
+        logits = self.inner.logits(hidden[:, :-1][wanted])
+        targets = labels[:, 1:][wanted]
+        log_probs = logits.log_softmax(-1)
+        with torch.no_grad():
+            entropy = -(log_probs.exp() * log_probs).sum(-1)
+            top = logits.argmax(-1) == targets
+        chosen = log_probs.gather(-1, targets[:, None])[:, 0]
+        return SimpleNamespace(
+            log_probs=_placed(chosen, wanted),
+            entropy=_placed(entropy, wanted),
+            mean_logits=_placed(logits.detach().mean(-1), wanted),
+            is_top1=_placed(top, wanted),
+        )
+
+
+def _placed(values: Tensor, wanted: Tensor) -> Tensor:
+    """[N] -> [2B, T - 1], zero elsewhere; gradients flow."""
+    return torch.zeros(wanted.shape, dtype=values.dtype, device=values.device).masked_scatter(wanted, values)
+
+
+class PairCollator:
+    """Rows of the dataset -> a batch of `DPOTrainer`.
+
+    Args:
+        model: whose tokens these are.
+        pairs: all of them, by number.
+        features: input modality -> cache.
+        words: as for `stage_data.learn`.
+    """
+
+    def __init__(
+        self, model: AnyGenModel, pairs: Sequence[Preference], features: dict[str, TensorCache], *, words: bool
+    ) -> None:
+        self.model, self.pairs, self.features, self.words = model, pairs, features, words
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """B rows with a `pair` each -> `input_ids`, `attention_mask` and `completion_mask`, long[2B, T], `media`, and
+        what was computed of the reference, float32[B]."""
+        pairs = [self.pairs[row["pair"]] for row in rows]
+        talks = [[*p.prompt, p.chosen] for p in pairs] + [[*p.prompt, p.rejected] for p in pairs]
+        learned = [learn(self.model.prompts, talk, words=self.words, all_turns=False) for talk in talks]
+        ids, mask = pad([one.ids for one in learned], 0)
+        labels, _ = pad([one.labels for one in learned], IGNORED)
+        batch: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+        batch["completion_mask"] = (labels != IGNORED).long()
+        read_media: dict[str, list[str]] = {}
+        for one in learned:
+            for part in one.read:
+                read_media.setdefault(part.modality, []).append(cast(Any, part.media).key)
+        if read_media:
+            batch["media"] = {name: as_features(self.features[name].rows(keys)) for name, keys in read_media.items()}
+        for name in ("ref_chosen_logps", "ref_rejected_logps"):
+            if name in rows[0]:
+                batch[name] = torch.tensor([row[name] for row in rows])
+        return batch
+
+
+def dpo_trainer(recipe: PreferenceTuningRecipe, out: Path, ready: Ready, told: Log) -> Any:
+    """TRL's trainer of what is ready.
+
+    Raises:
+        ConfigError: TRL is not installed.
+    """
+    try:
+        from datasets import Dataset
+        from trl.trainer.dpo_config import DPOConfig
+        from trl.trainer.dpo_trainer import DPOTrainer
+    except ImportError as error:
+        raise ConfigError(f"preference tuning needs TRL: pip install 'anygen-mm[train]' ({error})") from None
+
+    class Trainer(DPOTrainer):  # type: ignore[misc]
+        def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
+            return dataset  # the collator tokenises
+
+        def _set_signature_columns_if_needed(self) -> None:
+            self._signature_columns = ["pair", "ref_chosen_logps", "ref_rejected_logps"]
+
+        def create_model_card(self, *_: Any, **__: Any) -> None:
+            """anygen has its own."""
+
+    model = ready.model
+    pairs = [cast(_Pair, one).pair for one in (*ready.train, *ready.held_out)]
+    numbers = list(range(len(pairs)))
+    steps = recipe.count(len(ready.train))
+    arguments = training_arguments(recipe, out, steps, on_cpu=model.device.type == "cpu")
+    arguments |= {"train_sampling_strategy": "random", "prediction_loss_only": True}
+    wrapped = PreferenceModel(model)
+    trainer = Trainer(
+        model=wrapped,
+        args=DPOConfig(
+            **arguments,
+            beta=recipe.beta,
+            loss_type=[recipe.loss],
+            label_smoothing=recipe.label_smoothing,
+            precompute_ref_log_probs=True,
+            max_length=None,
+            gradient_checkpointing=False,
+        ),
+        train_dataset=Dataset.from_dict({"pair": numbers[: len(ready.train)]}),
+        eval_dataset=Dataset.from_dict({"pair": numbers[len(ready.train) :]}) if ready.held_out else None,
+        processing_class=model.llm.tokenizer,
+        data_collator=PairCollator(model, pairs, ready.features, words=words_count(model)),
+        optimizers=(optimizer(wrapped.inner, recipe), None),
+        callbacks=callbacks(recipe, out, ready, told),
+    )
+    return trainer
+
+
+def words_count(model: AnyGenModel) -> bool:
+    """Whether the words of a plain answer are this model's own choice; with routes they are the untouched LLM's."""
+    return not model.settings.routes
+
+
+def train(recipe: PreferenceTuningRecipe, out: Path) -> dict[str, float]:
+    """Runs the recipe and writes `out/model`.
+
+    Returns:
+        As `stage_run.run`, and `preferred`, the share of the held-out pairs (without any, of the last batches) whose
+        preferred answer gained on the other.
+
+    Raises:
+        ConfigError: as `stage_run.run` and `prepare`, or TRL is not installed.
+    """
+    log = RunLog(out, "training")
+    trains = [part for part in PARTS[:2] if part != "llm" or recipe.peft.kind != "rows"]
+    ready = make_ready(recipe, out, lambda config: prepare(recipe, config), trains)
+    tell_parameters(ready.model, log)
+    told = Log(log)
+    trainer = dpo_trainer(recipe, out, ready, told)
+    figures = conduct(trainer, recipe, ready, told)
+    for name in ("eval_rewards/accuracies", "rewards/accuracies"):
+        if name in told.last:
+            figures["preferred"] = told.last[name]
+            break
+    for hook in ready.hooks:
+        hook.remove()
+    save(recipe, out, ready.model)
+    log.write(final=True, **figures)
+    return figures
