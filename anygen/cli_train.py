@@ -20,13 +20,15 @@ DATASETS = {
 
 
 def train(options: argparse.Namespace) -> int:
-    """Runs a recipe; its log goes to stderr, its last figures to stdout."""
+    """Runs a recipe; its log goes to stderr, its last figures to stdout, of several processes the first one's."""
+    from anygen.training.loop import is_main
     from anygen.training.recipes import run
 
     with redirect_stdout(sys.stderr), _logged(logging.INFO):
         figures = run(Path(options.recipe), options.overrides)
-    for name, value in figures.items():
-        print(f"{name}: {value:.6g}")
+    if is_main():
+        for name, value in figures.items():
+            print(f"{name}: {value:.6g}")
     return 0
 
 

@@ -1,18 +1,18 @@
-"""What the recipes for a plugin's modality share: rows of data, the trainer, questions to a model, and its saving.
+"""What the recipes for a plugin's modality share: rows of data, questions to a model, and its saving.
 
 Shapes: M media, T feature tokens, C feature width.
 """
 
 import json
+import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import Dataset
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from torch import Tensor
 
 from anygen import hub
 from anygen.decoding import Answer, DecodingConfig, collect, decode
@@ -25,7 +25,7 @@ from anygen.messages import Message
 from anygen.model import AnyGenModel
 from anygen.prompts import Example, pad
 from anygen.saving import save_model
-from anygen.training.loop import RunLog
+from anygen.training.loop import is_main, wait
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +131,8 @@ def read_captions(path: Path) -> list[str]:
 
 def load(name: str) -> AnyGenModel:
     """The model to be given a modality, on the first device that is there, frozen, with its encoders."""
+    if torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # of several processes each has its own
     device = choose_device(None)
     model = AnyGenModel.from_pretrained(hub.resolve(name), dtype=choose_dtype(None, device), device=device)
     return model.requires_grad_(False)
@@ -148,80 +150,6 @@ def collate(
     if conditions:
         batch["conditions"] = dict(conditions)
     return batch
-
-
-class _Watch(TrainerCallback):
-    """Writes the losses into the run's log, and ends a run whose loss is no number."""
-
-    def __init__(self, log: RunLog) -> None:
-        self.log = log
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """Called by the trainer."""
-        if logs and (loss := logs.get("loss")) is not None:
-            if loss != loss:
-                raise ConfigError(f"the loss is no number at step {state.global_step}; lower the learning rate")
-            self.log.write(step=state.global_step, loss=loss, learning_rate=logs.get("learning_rate"))
-
-
-def fit(
-    module: nn.Module,
-    data: Dataset[Any],
-    collator: Any,
-    parameters: Sequence[dict[str, Any]],
-    log: RunLog,
-    *,
-    steps: int,
-    batch_size: int,
-    seed: int,
-    weight_decay: float = 0.0,
-) -> None:
-    """Runs `transformers.Trainer`, with AdamW, a short warm-up and a cosine to zero.
-
-    Args:
-        module: whose forward pass returns a loss.
-        data: as many items as steps * batch_size, or fewer.
-        collator: items -> the arguments of the forward pass.
-        parameters: groups, as AdamW takes them, with their learning rates.
-        log: told of every twentieth of the steps.
-        steps: how many.
-        batch_size: items of a step and device.
-        seed: of the order.
-        weight_decay: AdamW's.
-
-    Raises:
-        ConfigError: the loss became no number.
-    """
-    arguments = TrainingArguments(
-        output_dir=str(log.path.parent / "checkpoints"),
-        max_steps=steps,
-        per_device_train_batch_size=batch_size,
-        use_cpu=not torch.cuda.is_available(),
-        lr_scheduler_type="cosine",
-        warmup_steps=min(20, max(1, steps // 10)),
-        max_grad_norm=1.0,
-        remove_unused_columns=False,
-        save_strategy="no",
-        report_to=[],
-        logging_steps=max(1, steps // 20),
-        logging_nan_inf_filter=False,
-        seed=seed,
-        data_seed=seed,
-        disable_tqdm=True,
-        dataloader_pin_memory=torch.cuda.is_available(),
-    )
-    optimizer = torch.optim.AdamW(list(parameters), betas=(0.9, 0.98), weight_decay=weight_decay)
-    trainer = Trainer(
-        model=module,
-        args=arguments,
-        train_dataset=data,
-        data_collator=collator,
-        optimizers=(optimizer, None),
-        callbacks=[_Watch(log)],
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    module.eval()
 
 
 @torch.no_grad()
@@ -261,7 +189,16 @@ def words_of(answer: Answer) -> str:
 def finish(
     model: AnyGenModel, out: Path, generators: Mapping[str, Generator] | None = None, name: str | None = None
 ) -> Path:
-    """Writes `out/model`, with all parts that the model it came from had, and what was added."""
+    """Writes `out/model`, with all parts that the model it came from had, and what was added; of several processes the
+    first one writes, and the others wait."""
     model.settings = replace(model.settings, name=name or model.settings.name)
-    save_model(out / "model", model.eval(), generators or {}, overwrite=True)
+    if is_main():
+        save_model(out / "model", model.eval(), generators or {}, overwrite=True)
+    wait()
     return out / "model"
+
+
+def forget_checkpoints(out: Path) -> None:
+    """Of a run that is finished, and has nothing to go on with."""
+    if is_main():
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)

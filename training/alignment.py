@@ -31,7 +31,7 @@ from anygen.training.captions import Drawing, canonical, varied
 from anygen.training.conditions import alignment_metrics, encode_captions, load_generators
 from anygen.training.icons import TRAINED_STYLES
 from anygen.training.instruction import captions_of, wishes_of
-from anygen.training.loop import AveragedWeights, Progress, RunLog, bf16_on_gpu
+from anygen.training.loop import AveragedWeights, Progress, RunLog, bf16_on_gpu, lowering
 from anygen.training.motion import MOTIONS, Shot, canonical_clip, varied_clip
 from anygen.training.packing import PackedDecoder, block_mask, pack, rows_of, segments_of
 from anygen.training.pictures import load_icons
@@ -364,6 +364,7 @@ class _Objective(nn.Module):
         return torch.stack(losses).sum()
 
 
+@lowering("rows", "batch_size")
 def train(recipe: AlignmentRecipe, out: Path) -> dict[str, float]:
     """Runs the recipe and writes `out/model`, where only the output projectors are new.
 

@@ -15,7 +15,17 @@ from torch.nn import functional as F
 
 from anygen.config import Config
 from anygen.generators.latent import save_part
-from anygen.training.loop import AveragedWeights, Pace, Progress, RunLog, bf16_on_gpu, compiled, save_grid, start
+from anygen.training.loop import (
+    AveragedWeights,
+    Pace,
+    Progress,
+    RunLog,
+    bf16_on_gpu,
+    compiled,
+    lowering,
+    save_grid,
+    start,
+)
 from anygen.training.pictures import PicturePool, PictureSource, load_icons, turned
 
 
@@ -103,6 +113,7 @@ class _Objective(nn.Module):
         return F.conv2d(pixels, self.laplacian, groups=3)
 
 
+@lowering("batch_size", "pool")
 def train(recipe: AutoencoderRecipe, out: Path) -> dict[str, float]:
     """Runs the recipe, writes `out/vae` (diffusers format, fp16) and returns the held-out figures.
 

@@ -24,7 +24,7 @@ from anygen.encoders.imagebind_inputs import load_tokenizer, normalised, token_i
 from anygen.training.captions import canonical, caption_corpus, said, varied, with_article
 from anygen.training.contrastive_pools import ClipMatches, Matched, SoundMatches, clip_corpus
 from anygen.training.icons import Concept, IconSet
-from anygen.training.loop import AveragedWeights, Progress, RunLog, bf16_on_gpu, start
+from anygen.training.loop import AveragedWeights, Progress, RunLog, bf16_on_gpu, lowering, start
 from anygen.training.losses import contrastive_loss
 from anygen.training.pictures import PictureSource, load_icons
 from anygen.training.sound_captions import caption_corpus as sound_corpus
@@ -226,6 +226,7 @@ class _Objective(nn.Module):
         return loss + self.recipe.caption_weight * contrastive_loss(made, caption, scale)
 
 
+@lowering("concepts_per_batch", "clips_per_batch", "sounds_per_batch")
 def train(recipe: ContrastiveRecipe, out: Path) -> dict[str, float]:
     """Runs the recipe and writes `out/imagebind` (config, bf16 weights, tokenizer); returns zero-shot accuracies."""
 

@@ -37,6 +37,7 @@ from anygen.model_config import (
     SourcedPartConfig,
 )
 from anygen.projectors.input import FeatureShift, MemoryProjector
+from anygen.saving import replacing
 from anygen.training.conditions import (
     GENERATORS,
     alignment_metrics,
@@ -45,7 +46,7 @@ from anygen.training.conditions import (
 )
 from anygen.training.conversation_batches import Collator, Examples, packed_losses
 from anygen.training.icons import IconSet
-from anygen.training.loop import Pace, Progress, RunLog
+from anygen.training.loop import Pace, Progress, RunLog, lowering
 from anygen.training.losses import AlignmentConfig
 from anygen.training.magpie import self_answers
 from anygen.training.media_pools import Pool, make_pools, names_of, text_features
@@ -251,7 +252,8 @@ class Watch(TrainerCallback):
         """Asks the trainer to stop."""
         self.progress.step = state.global_step
         if state.global_step % self.every == 0:
-            kwargs["model"].save_pretrained(self.directory, dtype=torch.bfloat16, parts=False)
+            with replacing(self.directory, overwrite=True) as fresh:
+                kwargs["model"].save_pretrained(fresh, dtype=torch.bfloat16, parts=False)
         control.should_training_stop = control.should_training_stop or self.progress.done
         return control
 
@@ -401,6 +403,7 @@ def check_inputs(recipe: InstructionRecipe, model: AnyGenModel) -> None:
         )
 
 
+@lowering("rows")
 def train(recipe: InstructionRecipe, out: Path) -> dict[str, float]:
     """Runs the recipe and writes `out/model`: configuration, projectors, signal rows and adapter in bf16."""
     from anygen import hub
@@ -493,7 +496,8 @@ def train(recipe: InstructionRecipe, out: Path) -> dict[str, float]:
         log=log,
     )
     trainer.train()
-    model.save_pretrained(out / "model", dtype=torch.bfloat16, parts=False)
+    with replacing(out / "model", overwrite=True) as fresh:
+        model.save_pretrained(fresh, dtype=torch.bfloat16, parts=False)
     steps = trainer.state.global_step
     log.write(final=True, step=steps, tokens=steps * recipe.rows * recipe.row_tokens)
     return {"steps": float(steps)}

@@ -5,22 +5,75 @@ device, so they run plain `accelerate` loops.
 """
 
 import copy
+import functools
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import nn
+
+from anygen.errors import OutOfMemoryError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 logger = logging.getLogger("anygen.training")
+
+
+def world_size() -> int:
+    """The processes of a run under `accelerate launch`; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """Whether this is the first process of a run, or the only one."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def wait() -> None:
+    """Until all processes of a run are here."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+Train = TypeVar("Train", bound=Callable[..., Any])
+
+
+def lowering(*names: str) -> Callable[[Train], Train]:
+    """Decorates a kind's `train(recipe, out)`: where memory does not suffice it says what of the recipe to lower.
+
+    Args:
+        names: the keys of the recipe that decide how much memory a step takes.
+    """
+
+    def decorate(train: Train) -> Train:
+        @functools.wraps(train)
+        def run(recipe: Any, out: Path) -> Any:
+            try:
+                return train(recipe, out)
+            except OutOfMemoryError:
+                raise
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                if type(error) is RuntimeError and "can't allocate memory" not in str(error):  # as a CPU says it
+                    raise
+                lower = ", ".join(f"{name} ({getattr(recipe, name)})" for name in names)
+                raise OutOfMemoryError(
+                    f"memory does not suffice ({str(error).strip()[:160]}); lower {lower}; an LLM that does not fit "
+                    "itself is spread over several GPUs by accelerate launch --config_file "
+                    "training/accelerate/fsdp2.yaml"
+                ) from error
+
+        cast(Any, run).lowers = names
+        return cast(Train, run)
+
+    return decorate
 
 
 def start(seed: int) -> "Accelerator":
@@ -141,13 +194,24 @@ class RunLog:
         self.path, self.name, self.started = directory / f"{name}.jsonl", name, time.monotonic()
 
     def write(self, **values: Any) -> None:
-        """Appends the values, with the seconds since the run began."""
+        """Appends the values, with the seconds since the run began; of several processes the first one's."""
+        if not is_main():
+            return
         row = {"seconds": round(time.monotonic() - self.started, 1)} | {
             key: float(f"{value:.5g}") if isinstance(value, float) else value for key, value in values.items()
         }
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         logger.info("%s %s", self.name, json.dumps(row))
+
+    def text(self) -> str:
+        """All that was written."""
+        return self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+
+    def restore(self, text: str) -> None:
+        """Replaces all that was written, for a run that goes on from an earlier state."""
+        if is_main():
+            self.path.write_text(text, encoding="utf-8")
 
 
 def save_grid(pictures: torch.Tensor, path: Path, columns: int = 16) -> None:

@@ -25,10 +25,11 @@ from anygen.grafting import add_input
 from anygen.messages import MediaPart, Message, TextPart
 from anygen.model import AnyGenModel
 from anygen.model_config import PartConfig
-from anygen.training.adapters import Pairs, answers, collate, finish, fit, load, read_pairs, words_of
-from anygen.training.loop import RunLog
+from anygen.training.adapters import Pairs, answers, collate, finish, forget_checkpoints, load, read_pairs, words_of
+from anygen.training.loop import RunLog, lowering
 from anygen.training.media_pools import Pool
 from anygen.training.naming import meet_names, name_embeddings
+from anygen.training.trainer import fit, identity_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,13 +62,17 @@ class NewInputRecipe(Config):
     """Steps through the LLM."""
     batch_size: int = 16
     learning_rate: float = 5e-4
+    checkpoint_steps: int = 50
+    """How often the state is written, for a run that is killed to go on from; 0 never."""
+    resume: bool = True
+    """Goes on from the last checkpoint of a run of the same recipe in the same folder; false begins anew."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.answer is not None and "{caption}" not in self.answer:
             raise ConfigError(f"answer must say the caption, as in 'This is {{caption}}.', got '{self.answer}'")
-        if min(self.steps, self.name_steps) < 0 or self.batch_size < 1:
-            raise ConfigError("steps and name_steps are not negative, and batch_size is at least 1")
+        if min(self.steps, self.name_steps, self.checkpoint_steps) < 0 or self.batch_size < 1:
+            raise ConfigError("steps, name_steps and checkpoint_steps are not negative, and batch_size is at least 1")
 
 
 class Questions(Dataset[dict[str, Any]]):
@@ -108,12 +113,18 @@ class Questions(Dataset[dict[str, Any]]):
         noise = torch.randn(feature.shape, generator=generator) * self.noise * rng.random()
         return {"example": self.model.prompts.example(messages), "feature": feature + noise}
 
+    def told(self, number: int) -> str:
+        """An item in words."""
+        row = self.order[number % len(self.order)]
+        return f"row {row + 1}: {self.pairs.captions[row]}"
+
     def collate(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Items -> the arguments of the model's forward pass."""
         media = {self.modality: torch.stack([item["feature"] for item in items])}
         return collate(self.model, [item["example"] for item in items], media=media, conditions={})
 
 
+@lowering("batch_size")
 def train(recipe: NewInputRecipe, out: Path) -> dict[str, float]:
     """Runs the recipe and writes `out/model`.
 
@@ -138,6 +149,7 @@ def train(recipe: NewInputRecipe, out: Path) -> dict[str, float]:
     if held_out is not None:
         figures |= measure(model, recipe.modality, held_out, declared, recipe)
     finish(model, out, name=recipe.name)
+    forget_checkpoints(out)
     log.write(final=True, **figures)
     return figures
 
@@ -195,6 +207,9 @@ def teach(
             batch_size=recipe.batch_size,
             seed=recipe.seed,
             weight_decay=0.01,
+            checkpoint_steps=recipe.checkpoint_steps,
+            resume=recipe.resume,
+            identity=identity_of(recipe),
         )
     part.requires_grad_(False)
     model.eval()

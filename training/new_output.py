@@ -35,12 +35,13 @@ from anygen.model import AnyGenModel
 from anygen.model_config import PartConfig
 from anygen.prompts import Example
 from anygen.signal_tokens import MEDIA, WORDS
-from anygen.training.adapters import answers, collate, finish, fit, load, read_captions
-from anygen.training.loop import RunLog
+from anygen.training.adapters import answers, collate, finish, forget_checkpoints, load, read_captions
+from anygen.training.loop import RunLog, lowering
 from anygen.training.phrases import WHOLE
 from anygen.training.phrases_media import WHOLE_CLIP, WHOLE_SOUND
 from anygen.training.prefix import length_batches
 from anygen.training.requests import self_prompts
+from anygen.training.trainer import fit, identity_of
 
 OTHERS = {"image": ("Draw {x}.", *WHOLE), "video": ("Film {x}.", *WHOLE_CLIP), "audio": ("Play {x}.", *WHOLE_SOUND)}
 """Output modality -> requests for it, which have to go on as before."""
@@ -95,6 +96,10 @@ class NewOutputRecipe(Config):
     fit_batch_size: int = 128
     fit_learning_rate: float = 1e-3
     alignment_weight: float = 1.0
+    checkpoint_steps: int = 50
+    """How often the state is written, for a run that is killed to go on from; 0 never."""
+    resume: bool = True
+    """Goes on from the last checkpoint of a run of the same recipe in the same folder; false begins anew."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -103,7 +108,8 @@ class NewOutputRecipe(Config):
                 raise ConfigError(
                     f"requests and answer must say the caption, as in 'Make {{caption}}.', got '{template}'"
                 )
-        if not 0 <= self.held_out < 1 or min(self.steps, self.fit_steps) < 0 or self.batch_size < 2:
+        counts = self.steps, self.fit_steps, self.checkpoint_steps
+        if not 0 <= self.held_out < 1 or min(counts) < 0 or self.batch_size < 2:
             raise ConfigError("held_out is from 0 to less than 1, steps are not negative, batch_size is at least 2")
 
 
@@ -145,11 +151,21 @@ class Mixture(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, number: int) -> dict[str, Any]:
+    def _row(self, number: int) -> tuple[int | None, random.Random]:
+        """An item's caption, None for an answer that has to stay, and what else is random about it."""
         rng = random.Random(f"{self.seed}/{number}")
-        if self.kept and rng.random() < 0.5:
+        keeps = bool(self.kept) and rng.random() < 0.5
+        return None if keeps else rng.randrange(len(self.captions)), rng
+
+    def told(self, number: int) -> str:
+        """An item in words."""
+        row, _ = self._row(number)
+        return "an answer that has to stay" if row is None else self.captions[row]
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        row, rng = self._row(number)
+        if row is None:
             return {"example": rng.choice(self.kept), "row": None}
-        row = rng.randrange(len(self.captions))
         return {"example": self.model.prompts.example(self.wording.conversation(self.captions[row], rng)), "row": row}
 
     def collate(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -159,6 +175,7 @@ class Mixture(Dataset[dict[str, Any]]):
         return collate(self.model, [item["example"] for item in items], media={}, conditions=aims)
 
 
+@lowering("batch_size", "fit_batch_size")
 def train(recipe: NewOutputRecipe, out: Path) -> dict[str, float]:
     """Runs the recipe and writes `out/model`.
 
@@ -181,6 +198,7 @@ def train(recipe: NewOutputRecipe, out: Path) -> dict[str, float]:
     generator = declared.generator.from_pretrained(directory, device=model.device)
     figures = teach(model, generator, captions, declared, recipe, log)
     finish(model, out, {recipe.modality: generator}, name=recipe.name)
+    forget_checkpoints(out)
     log.write(final=True, **figures)
     return figures
 
@@ -221,7 +239,7 @@ def teach(
         data = Mixture(model, wording, known, told, kept, count=recipe.steps * recipe.batch_size, seed=recipe.seed)
         both = [*parameters, *projector.parameters()]
         size, groups = recipe.batch_size, [{"params": both, "lr": recipe.learning_rate}]
-        fit(model, data, data.collate, groups, log, steps=recipe.steps, batch_size=size, seed=recipe.seed)
+        fit(model, data, data.collate, groups, log, steps=recipe.steps, batch_size=size, **_running(recipe, "rows"))
         for hook in hooks:
             hook.remove()
         for parameter in parameters:
@@ -400,6 +418,16 @@ def _fit_projector(
         log,
         steps=recipe.fit_steps,
         batch_size=size,
-        seed=recipe.seed,
         weight_decay=0.01,
+        **_running(recipe, "projector"),
     )
+
+
+def _running(recipe: NewOutputRecipe, phase: str) -> dict[str, Any]:
+    return {
+        "seed": recipe.seed,
+        "phase": phase,
+        "checkpoint_steps": recipe.checkpoint_steps,
+        "resume": recipe.resume,
+        "identity": identity_of(recipe),
+    }

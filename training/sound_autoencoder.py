@@ -17,7 +17,17 @@ from torch.nn import functional as F
 from anygen.config import Config
 from anygen.generators.latent import save_part
 from anygen.generators.mel import LogMel
-from anygen.training.loop import AveragedWeights, Pace, Progress, RunLog, bf16_on_gpu, compiled, save_grid, start
+from anygen.training.loop import (
+    AveragedWeights,
+    Pace,
+    Progress,
+    RunLog,
+    bf16_on_gpu,
+    compiled,
+    lowering,
+    save_grid,
+    start,
+)
 from anygen.training.sound_mixing import SoundPool, SoundSource
 from anygen.training.sounds import load_sounds
 
@@ -97,6 +107,7 @@ class _Objective(nn.Module):
         return loss, absolute
 
 
+@lowering("batch_size", "pool")
 def train(recipe: SoundAutoencoderRecipe, out: Path) -> dict[str, float]:
     """Runs the recipe, writes `out/vae` (diffusers format, fp16) and returns the held-out figures.
 

@@ -22,7 +22,17 @@ from torch.nn import functional as F
 from anygen.config import Config
 from anygen.errors import ConfigError
 from anygen.generators.mel import LogMel
-from anygen.training.loop import AveragedWeights, Pace, Progress, RunLog, bf16_on_gpu, compiled, save_grid, start
+from anygen.training.loop import (
+    AveragedWeights,
+    Pace,
+    Progress,
+    RunLog,
+    bf16_on_gpu,
+    compiled,
+    lowering,
+    save_grid,
+    start,
+)
 from anygen.training.sound_autoencoder import DECIBELS, as_pictures, convergence
 from anygen.training.sound_mixing import SoundPool, SoundSource
 from anygen.training.sound_packages import RATE
@@ -165,6 +175,7 @@ class Judges(nn.Module):
         return torch.stack(losses).mean()
 
 
+@lowering("batch_size", "pool")
 def train(recipe: VocoderRecipe, out: Path) -> dict[str, float]:
     """Runs the recipe, writes `out/vocoder` (transformers format, fp16) and returns the figures of `measure`."""
     from diffusers import AutoencoderKL

@@ -3,7 +3,7 @@
 import json
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from anygen.training.loop import RunLog
 from anygen.training.new_input import NewInputRecipe
 from anygen.training.new_output import NewOutputRecipe
 from anygen.training.recipes import read
+from anygen.training.trainer import SafeTrainer
 
 
 class Smell(Media):
@@ -364,3 +365,76 @@ def test_states_are_read_in_batches_of_like_length_and_come_back_in_order(
     for row, conversation in enumerate(conversations):
         alone = new_output.read_states(model, "audio", [conversation], batch_size=1)[0]
         torch.testing.assert_close(states[row], alone, rtol=1e-4, atol=1e-5)
+
+
+def stopping(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ends a run at its `step`-th training step, counted over all its stages, as if it were killed."""
+    original, done = SafeTrainer.training_step, []
+
+    def training_step(self: Any, *arguments: Any, **options: Any) -> Any:
+        done.append(1)
+        if len(done) == step:
+            raise KeyboardInterrupt
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(SafeTrainer, "training_step", training_step)
+
+
+def reports(log: RunLog) -> list[Any]:
+    """Of a run, without the seconds."""
+    lines = [json.loads(line) for line in log.text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+@pytest.mark.parametrize("step", [2, 7])
+def test_a_sense_that_was_being_taught_is_taught_on_bit_for_bit(
+    step: int, tiny_model: Callable[..., AnyGenModel], rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = read_pairs(rows, Nose())
+    recipe = NewInputRecipe(modality="smell", data="", name_steps=3, steps=8, batch_size=2, checkpoint_steps=3)
+
+    def run(name: str) -> tuple[dict[str, Any], list[Any]]:
+        torch.manual_seed(recipe.seed)
+        model, log = tiny_model().requires_grad_(False), RunLog(tmp_path / name, "x")
+        new_input.teach(model, Nose(), pairs, INPUT, recipe, log)
+        return state(model), reports(log)
+
+    weights, told = run("whole")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stopping(step, patch)
+        run("cut")
+    again, told_again = run("cut")
+    assert all(torch.equal(again[name], value) for name, value in weights.items())
+    assert told_again[-len(told) :] == told and (len(told_again) == len(told) or step == 2)  # begun anew, appended
+
+
+@pytest.mark.parametrize("step", [5, 11])
+def test_an_answer_that_was_being_taught_is_taught_on_bit_for_bit(
+    step: int, tiny_model: Callable[..., AnyGenModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = NewOutputRecipe(
+        modality="smell",
+        captions="",
+        kept=0,
+        steps=6,
+        batch_size=2,
+        fit_steps=8,
+        fit_batch_size=2,
+        held_out=0,
+        checkpoint_steps=2,
+    )
+
+    def run(name: str, recipe: NewOutputRecipe = recipe) -> tuple[dict[str, Any], list[Any]]:
+        torch.manual_seed(recipe.seed)
+        model, log = tiny_model(max_position_embeddings=512).requires_grad_(False), RunLog(tmp_path / name, "x")
+        new_output.teach(model, Perfume(), ["a rose", "an old shoe", "a strong rose"], OUTPUT, recipe, log)
+        return state(model), reports(log)
+
+    weights, told = run("whole")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stopping(step, patch)
+        run("cut")
+    with pytest.raises(CheckpointError, match="is of another run: learning_rate was 0.002, is 0.1; begin anew"):
+        run("cut", replace(recipe, learning_rate=0.1))
+    again, told_again = run("cut")
+    assert told == told_again and all(torch.equal(again[name], value) for name, value in weights.items())
