@@ -160,6 +160,7 @@ def _add_train(commands: Any) -> None:
     command = _command(commands, "train", "trains what a recipe says", "anygen.cli_train:train")
     command.add_argument("recipe", metavar="RECIPE.yaml")
     command.add_argument("overrides", metavar="key=value", nargs="*", help="values in place of the recipe's")
+    command.add_argument("--dry-run", action="store_true", help="check all of it and tell parameters, memory and time")
 
 
 def _add_eval(commands: Any) -> None:

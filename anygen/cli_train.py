@@ -22,8 +22,12 @@ DATASETS = {
 def train(options: argparse.Namespace) -> int:
     """Runs a recipe; its log goes to stderr, its last figures to stdout, of several processes the first one's."""
     from anygen.training.loop import is_main
-    from anygen.training.recipes import run
+    from anygen.training.recipes import dry_run, run
 
+    if options.dry_run:
+        with _logged(logging.WARNING):
+            dry_run(Path(options.recipe), options.overrides)
+        return 0
     with redirect_stdout(sys.stderr), _logged(logging.INFO):
         figures = run(Path(options.recipe), options.overrides)
     if is_main():

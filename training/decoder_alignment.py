@@ -97,15 +97,19 @@ def requests(modality: str) -> tuple[str, ...]:
     return declared or REQUESTS.get(modality, ("Make {caption}.", "{caption}"))
 
 
+def trains(recipe: DecoderAlignmentRecipe) -> list[str]:
+    """What trains unless the recipe says otherwise: the projectors, of modalities that share one its owner's."""
+    from anygen.loading import model_directory
+
+    outputs = AnyGenConfig.load(model_directory(recipe.model) / CONFIG).outputs
+    owners = [outputs[m].shares or m if m in outputs else m for m in recipe.captions]
+    return [f"output_projectors.{owner}" for owner in dict.fromkeys(owners)]
+
+
 def train(recipe: DecoderAlignmentRecipe, out: Path) -> dict[str, float]:
     """Runs the recipe and writes `out/model`; result and errors as of `stage_run.run`, and as of `prepare`.
 
     Only output projectors train unless the recipe says otherwise; then nothing of an answer's words is learned, and
     requests that the model answered with media before are answered as before.
     """
-    from anygen.loading import model_directory
-
-    outputs = AnyGenConfig.load(model_directory(recipe.model) / CONFIG).outputs
-    owners = {m: outputs[m].shares or m if m in outputs else m for m in recipe.captions}
-    trains = [f"output_projectors.{owner}" for owner in dict.fromkeys(owners.values())]
-    return run(recipe, out, lambda config: prepare(recipe, config), trains)
+    return run(recipe, out, lambda config: prepare(recipe, config), trains(recipe))

@@ -89,7 +89,11 @@ def questions(modality: str) -> tuple[str, ...]:
     return declared or QUESTIONS.get(modality, ("What is this?", "Describe this."))
 
 
+def trains(recipe: EncoderAlignmentRecipe) -> list[str]:
+    """What trains unless the recipe says otherwise."""
+    return [f"input_projectors.{modality}" for modality in recipe.data]
+
+
 def train(recipe: EncoderAlignmentRecipe, out: Path) -> dict[str, float]:
     """Runs the recipe and writes `out/model`; result and errors as of `stage_run.run`, and as of `prepare`."""
-    trains = [f"input_projectors.{modality}" for modality in recipe.data]
-    return run(recipe, out, lambda config: prepare(recipe, config), trains)
+    return run(recipe, out, lambda config: prepare(recipe, config), trains(recipe))

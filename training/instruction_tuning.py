@@ -90,7 +90,11 @@ def sources(told: Source | tuple[Source, ...]) -> tuple[Source, ...]:
     return told if isinstance(told, tuple) else (told,)
 
 
+def trains(recipe: InstructionTuningRecipe) -> list[str]:
+    """What trains unless the recipe says otherwise."""
+    return [part for part in PARTS if part != "llm" or recipe.peft.kind != "rows"]
+
+
 def train(recipe: InstructionTuningRecipe, out: Path) -> dict[str, float]:
     """Runs the recipe and writes `out/model`; result and errors as of `stage_run.run`, and as of `prepare`."""
-    trains = [part for part in PARTS if part != "llm" or recipe.peft.kind != "rows"]
-    return run(recipe, out, lambda config: prepare(recipe, config), trains)
+    return run(recipe, out, lambda config: prepare(recipe, config), trains(recipe))

@@ -23,6 +23,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.trainer_utils import get_last_checkpoint
 
 from anygen.errors import ConfigError
 from anygen.losses import IGNORED
@@ -78,7 +79,7 @@ def prepare(recipe: PreferenceTuningRecipe, config: AnyGenConfig) -> Prepared:
         one = item(rows, number, lambda _: longer, pair.prompt)
         return _Pair(**{name: getattr(one, name) for name in Item.__slots__}, pair=pair)
 
-    return Prepared([one for source in sources(recipe.data) for one in read(source, made, recipe.bad_rows)])
+    return Prepared([one for source in sources(recipe.data) for one in read(source, made, recipe.bad_rows)], rows=2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +236,11 @@ def words_count(model: AnyGenModel) -> bool:
     return not model.settings.routes
 
 
+def trains(recipe: PreferenceTuningRecipe) -> list[str]:
+    """What trains unless the recipe says otherwise: what decides which tokens come."""
+    return [part for part in PARTS[:2] if part != "llm" or recipe.peft.kind != "rows"]
+
+
 def train(recipe: PreferenceTuningRecipe, out: Path) -> dict[str, float]:
     """Runs the recipe and writes `out/model`.
 
@@ -246,12 +252,12 @@ def train(recipe: PreferenceTuningRecipe, out: Path) -> dict[str, float]:
         ConfigError: as `stage_run.run` and `prepare`, or TRL is not installed.
     """
     log = RunLog(out, "training")
-    trains = [part for part in PARTS[:2] if part != "llm" or recipe.peft.kind != "rows"]
-    ready = make_ready(recipe, out, lambda config: prepare(recipe, config), trains)
+    ready = make_ready(recipe, out, lambda config: prepare(recipe, config), trains(recipe))
     tell_parameters(ready.model, log)
     told = Log(log)
     trainer = dpo_trainer(recipe, out, ready, told)
-    figures = conduct(trainer, recipe, ready, told)
+    last = get_last_checkpoint(str(out / "checkpoints")) if recipe.resume and (out / "checkpoints").is_dir() else None
+    figures = conduct(trainer, recipe, ready, told, last)
     for name in ("eval_rewards/accuracies", "rewards/accuracies"):
         if name in told.last:
             figures["preferred"] = told.last[name]

@@ -10,6 +10,9 @@ A list names recipes to be run one after the other, files beside it, each by its
     - 9-sound-autoencoder.yaml
     - {recipe: 10-vocoder.yaml, steps: 30000}
 
+A recipe may take its values from another, `extends: other.yaml` (or a list, of which later ones count), and state what
+differs; tables are joined key by key.
+
 `run` validates all of it before anything is loaded. A value on the command line (`steps=10`) replaces the file's; in a
 list that of every recipe, or of the one that is named (`10-vocoder:steps=10`).
 """
@@ -17,9 +20,10 @@ list that of every recipe, or of the one that is named (`10-vocoder:steps=10`).
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -99,13 +103,39 @@ def _aimed(override: str) -> str | None:
     return name if colon else None
 
 
-def _load(path: Path) -> Any:
+def _load(path: Path, heirs: tuple[Path, ...] = ()) -> Any:
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"there is no recipe {path}") from None
+        told = f", which {heirs[-1]} extends" if heirs else ""
+        raise ConfigError(f"there is no recipe {path}{told}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8: {error}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {error}") from None
+    if not isinstance(data, dict) or "extends" not in data:
+        return data
+    if path.resolve() in heirs:
+        raise ConfigError(f"{path} extends itself, by way of {heirs[-1]}")
+    named = data.pop("extends")
+    merged: dict[str, Any] = {}
+    for name in named if isinstance(named, list) else [named]:
+        if not isinstance(name, str):
+            raise ConfigError(f"{path}: extends names a recipe's file, or a list of them, got {name!r}")
+        base = _load(path.parent / name, (*heirs, path.resolve()))
+        if not isinstance(base, dict):
+            raise ConfigError(f"{path} extends {name}, which is no recipe of keys and values")
+        merged = _joined(merged, base)
+    return _joined(merged, data)
+
+
+def _joined(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """`own` over `base`, tables key by key."""
+    joined = dict(base)
+    for key, value in own.items():
+        known = base.get(key)
+        joined[key] = _joined(known, value) if isinstance(known, dict) and isinstance(value, dict) else value
+    return joined
 
 
 def _read_one(path: Path, data: Any, overrides: Sequence[str]) -> Run:
@@ -148,6 +178,20 @@ def run(path: Path, overrides: Sequence[str] = ()) -> dict[str, float]:
         figures |= found if len(runs) == 1 else {f"{one.name}: {name}": value for name, value in found.items()}
         _forget()
     return figures
+
+
+def dry_run(path: Path, overrides: Sequence[str] = ()) -> None:
+    """Reads a recipe or a list of them and prints what each will take; nothing is trained or written. Raises as `read`,
+    and for the stages on a user's data ConfigError for rows and names that do not fit."""
+    for one in read(path, overrides):
+        module = import_module(type(one.recipe).__module__)
+        if not hasattr(module, "trains"):
+            print(f"{one.name}: the recipe is right; there is no estimate for its kind")
+            continue
+        from anygen.training.estimating import estimate, show
+
+        prepare = partial(module.prepare, one.recipe)
+        show(one.name, estimate(cast(Any, one.recipe), prepare, module.trains(one.recipe)))
 
 
 def _forget() -> None:

@@ -7,6 +7,7 @@ Source: the stages of NExT-GPT (arXiv:2309.05519) and of the MM-LLMs survey (arX
 """
 
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -55,7 +56,7 @@ class StageRecipe(Config):
     epochs: float | None = None
     """Passes over the data, in place of `steps`."""
     batch_size: int = 8
-    """Conversations of a step and device."""
+    """Conversations of a step, of all processes together."""
     accumulate: int = 1
     """Steps forward and back for one of the optimizer."""
     warmup: float = 0.03
@@ -134,6 +135,8 @@ class Prepared:
     words: bool = True
     """Whether there is an LM loss."""
     all_turns: bool = True
+    rows: int = 1
+    """Rows of a batch that an item becomes; a pair of answers becomes two."""
 
 
 Prepare = Callable[[AnyGenConfig], Prepared]
@@ -163,6 +166,8 @@ def make_ready(recipe: StageRecipe, out: Path, prepare: Prepare, trains: Sequenc
     """Data, caches and model, in this order, so that what is wrong is told early. As for `stage_run.run`."""
     directory = model_directory(recipe.model)
     config = AnyGenConfig.load(directory / CONFIG)
+    if torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # of several processes each has its own
     device = choose_device(None)
     live = trained_encoders(recipe.unfreeze, config)
     prepared = prepare(config)

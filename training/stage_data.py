@@ -159,7 +159,11 @@ class Mixed(Dataset[dict[str, Any]]):
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         item, draw = self.order[number]
-        return {"learned": self.make(item.talk(random.Random(f"{self.seed}/{draw}"))), "where": item.where}
+        return {"learned": self.make(item.talk(random.Random(f"{self.seed}/{draw}")))}
+
+    def told(self, number: int) -> str:
+        """Item `number` in words."""
+        return self.order[number][0].where
 
 
 def _endless(count: int, rng: random.Random) -> Any:
@@ -205,11 +209,11 @@ class Collator:
         self.pictures, self.words = pictures, words
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """B items -> `input_ids`, `attention_mask`, `labels` long[B, T]; `media`, `conditions` by modality; `where`,
+        """B items -> `input_ids`, `attention_mask`, `labels` long[B, T]; `media`, `conditions` by modality;
         and for the diffusion loss `pictures`: modality -> (run numbers, media)."""
         learned: list[Learned] = [item["learned"] for item in items]
         ids, mask = pad([one.ids for one in learned], 0)
-        batch: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "where": [item["where"] for item in items]}
+        batch: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
         if self.words:
             batch["labels"], _ = pad([one.labels for one in learned], IGNORED)
         read = _by_modality(part for one in learned for part in one.read)

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from anygen.model import AnyGenModel
 from anygen.model_config import SourceConfig
@@ -49,8 +50,8 @@ def tell_parameters(model: AnyGenModel, log: RunLog) -> None:
     print_table(counts)
 
 
-def print_table(counts: Mapping[str, tuple[int, int]]) -> None:
-    """Part -> (trainable, all) parameters, as a table on stderr."""
+def print_table(counts: Mapping[str, tuple[int, int]], console: Any = None) -> None:
+    """Part -> (trainable, all) parameters, as a table; on stderr by default."""
     from rich.console import Console
     from rich.table import Table
 
@@ -60,7 +61,8 @@ def print_table(counts: Mapping[str, tuple[int, int]]) -> None:
     total = (sum(t for t, _ in counts.values()), sum(a for _, a in counts.values()))
     for name, (trainable, every) in {**counts, "all": total}.items():
         table.add_row(name, f"{trainable:,}", f"{every:,}", f"{trainable / max(every, 1):.2%}")
-    Console(file=sys.stderr, width=None if sys.stderr.isatty() else 100).print(table)
+    console = console or Console(file=sys.stderr, width=None if sys.stderr.isatty() else 100)
+    console.print(table)
 
 
 def save(recipe: StageRecipe, out: Path, model: AnyGenModel) -> Path:

@@ -9,23 +9,40 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from anygen.encoders.base import Encoder
-from anygen.errors import CheckpointError, ConfigError, OutOfMemoryError
+from anygen.errors import ConfigError, OutOfMemoryError
 from anygen.features import Condition
 from anygen.generators.base import Generator
 from anygen.loading import load_generator
 from anygen.model import AnyGenModel, AnyGenOutput
-from anygen.training.loop import RunLog
+from anygen.training.loop import RunLog, world_size
+from anygen.training.sharding import check_shardable, name_layers, whole
 from anygen.training.stage import Ready, StageRecipe
 from anygen.training.stage_data import Collator, Item, Mixed, arguments, to
 from anygen.training.trainable import groups
+from anygen.training.trainer import ITEMS, LAZY, Numbered, SafeTrainer
 
 logger = logging.getLogger("anygen.training")
 
+FREE = (
+    "name",
+    "cache",
+    "verify_cache",
+    "workers",
+    "resume",
+    "save_every",
+    "evaluate_every",
+    "report_to",
+    "samples",
+    "sample_every",
+    "retention_every",
+    "retention_probes",
+)
+"""Keys of a recipe that decide nothing of the result."""
 
-class StageTrainer(Trainer):
+
+class StageTrainer(SafeTrainer):
     """Sums the losses that a recipe weighs, and reports each by itself.
 
     Args:
@@ -46,27 +63,32 @@ class StageTrainer(Trainer):
         """The weighted sum of the LM, the alignment and the diffusion loss.
 
         Raises:
-            ConfigError: it is no number; names the batch.
+            ConfigError: as `SafeTrainer.check`, or a batch holds nothing to learn.
         """
+        items = inputs.pop(ITEMS, [])
         given = to(inputs, self.args.device)
         output: AnyGenOutput = model(**arguments(given))
-        losses = {"lm_loss": output.lm_loss, "alignment_loss": output.alignment_loss}
+        parts = {"lm_loss": output.lm_loss, "alignment_loss": output.alignment_loss}
+        if output.lm_loss is not None:
+            output.lm_loss = self.recipe.lm_weight * output.lm_loss
+        if all(loss is None for loss in parts.values()):
+            raise ConfigError(f"nothing is learned in the batch of {self._told(items)}")
+        loss = self.mean_of_all(output, given)
         if "pictures" in given:
-            losses["diffusion_loss"] = diffusion(output, given["pictures"], self.generators, self.noise)
-        weights = self.recipe.lm_weight, self.recipe.alignment_weight, self.recipe.diffusion_weight
-        named: dict[str, float] = dict(zip(("lm_loss", "alignment_loss", "diffusion_loss"), weights, strict=True))
-        terms = [named[name] * loss for name, loss in losses.items() if loss is not None and named[name]]
-        if not terms:
-            raise ConfigError(f"nothing in this batch is learned: {'; '.join(given['where'][:4])}")
-        loss = torch.stack(terms).sum()
-        if not bool(loss.isfinite()):
-            raise ConfigError(self._no_number(given["where"]))
+            parts["diffusion_loss"] = diffusion(output, given["pictures"], self.generators, self.noise)
+            loss = loss + self.recipe.diffusion_weight * parts["diffusion_loss"]
         if cast(Any, model).training:
-            for name, value in losses.items():
+            for name, value in parts.items():
                 if value is not None:
                     self._sums[name] = self._sums.get(name, 0.0) + float(value.detach())
                     self._counts[name] = self._counts.get(name, 0) + 1
+            self._recent.append((self.state.global_step + 1, items, loss.detach()))
+            if loss.device.type == "cpu" or len(self._recent) >= LAZY:
+                self.check()
         return (loss, output) if return_outputs else loss
+
+    def _told(self, items: list[int]) -> str:
+        return ", ".join(cast(Any, self.train_dataset).told(number) for number in items[:4]) or "held-out items"
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
         """The loss alone."""
@@ -79,30 +101,6 @@ class StageTrainer(Trainer):
             logs |= {name: total / self._counts[name] for name, total in self._sums.items()}
             self._sums, self._counts = {}, {}
         super().log(logs, *args, **kwargs)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        try:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        except RuntimeError as error:  # torch lists the shapes
-            told = " ".join(str(error).split())[:300]
-            raise CheckpointError(f"{resume_from_checkpoint} is of another model: {told}") from None
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """A checkpoint holds what trains, and the projectors; of these none may be missing, and none left over."""
-        wanted = {name for name, p in cast(Any, self.model).named_parameters() if p.requires_grad}
-        faults = [f"missing {name}" for name in load_result.missing_keys if name in wanted]
-        faults += [f"unexpected {name}" for name in load_result.unexpected_keys]
-        if faults:
-            raise CheckpointError(f"the checkpoint is of another model or recipe: {'; '.join(faults[:4])}")
-
-    def _no_number(self, where: list[str]) -> str:
-        kept = get_last_checkpoint(str(self.args.output_dir)) if Path(str(self.args.output_dir)).is_dir() else None
-        told = "; ".join(where[:8]) + (f" and {len(where) - 8} more" if len(where) > 8 else "")
-        return (
-            f"the loss is no number at step {self.state.global_step + 1}, for the batch of {told}; "
-            + (f"{kept} holds the last good state" if kept else "no checkpoint was written (save_every)")
-            + "; lower learning_rate, or look at these rows"
-        )
 
 
 def diffusion(
@@ -165,12 +163,21 @@ def frozen_generators(recipe: StageRecipe, ready: Ready) -> dict[str, Generator]
 
 
 def training_arguments(recipe: StageRecipe, out: Path, steps: int, *, on_cpu: bool) -> dict[str, Any]:
-    """What `TrainingArguments` and its descendants are told for a stage."""
+    """What `TrainingArguments` and its descendants are told for a stage.
+
+    Raises:
+        ConfigError: a batch cannot be spread over the processes.
+    """
+    world = world_size()
+    if recipe.batch_size % world:
+        told = f"a batch of {recipe.batch_size} cannot be spread over {world} processes"
+        raise ConfigError(f"{told}; choose a multiple of them")
+    every = max(1, min(20, steps // 20, recipe.save_every or steps))
     return dict(
         output_dir=str(out / "checkpoints"),
         max_steps=steps,
-        per_device_train_batch_size=recipe.batch_size,
-        per_device_eval_batch_size=recipe.batch_size,
+        per_device_train_batch_size=recipe.batch_size // world,
+        per_device_eval_batch_size=recipe.batch_size // world,
         gradient_accumulation_steps=recipe.accumulate,
         learning_rate=recipe.learning_rate,
         lr_scheduler_type=recipe.schedule,
@@ -185,11 +192,11 @@ def training_arguments(recipe: StageRecipe, out: Path, steps: int, *, on_cpu: bo
         dataloader_num_workers=recipe.workers,
         dataloader_pin_memory=not on_cpu,
         save_strategy="no" if recipe.save_every is None else "steps",
-        save_steps=recipe.save_every or 500,
+        save_steps=max(every, (recipe.save_every or 500) // every * every),  # at a report, where means begin anew
         save_total_limit=2,
         eval_strategy="no" if recipe.evaluate_every is None else "steps",
         eval_steps=recipe.evaluate_every,
-        logging_steps=max(1, min(20, steps // 20)),
+        logging_steps=every,
         logging_first_step=True,
         logging_nan_inf_filter=False,
         report_to=[name for name in recipe.report_to if name != "tensorboard"],
@@ -246,22 +253,34 @@ def fit(recipe: StageRecipe, out: Path, ready: Ready, log: RunLog) -> dict[str, 
         base: Any = model.llm.base  # transformers renames the method
         getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)({"use_reentrant": False})
     told = Log(log)
+    numbered = Numbered(data)
     trainer = StageTrainer(
         model=model,
         args=TrainingArguments(**training_arguments(recipe, out, steps, on_cpu=on_cpu)),
-        train_dataset=data,
-        eval_dataset=measured if ready.held_out else None,
-        data_collator=collator,
-        optimizers=(optimizer(model, recipe), None),
+        train_dataset=numbered,
+        eval_dataset=Numbered(measured) if ready.held_out else None,
+        data_collator=Numbered.collator(collator),
         callbacks=callbacks(recipe, out, ready, told),
+        groups=groups(model, recipe.learning_rate, recipe.learning_rates, recipe.weight_decay),
+        identity=identity(recipe),
+        run_log=log,
         recipe=recipe,
         generators=generators,
     )
-    return conduct(trainer, recipe, ready, told)
+    if trainer.is_fsdp_enabled:
+        check_shardable(model)
+        name_layers(model)
+    last = trainer.last_checkpoint() if recipe.resume else None
+    return conduct(trainer, recipe, ready, told, None if last is None else str(last))
 
 
-def conduct(trainer: Trainer, recipe: StageRecipe, ready: Ready, told: Log) -> dict[str, float]:
-    """Measures, trains and measures again; result as of `stage_run.run`.
+def identity(recipe: StageRecipe) -> dict[str, Any]:
+    """What of a recipe a run that goes on must have in common with the one that it goes on with."""
+    return {key: value for key, value in recipe.to_dict().items() if key not in FREE}
+
+
+def conduct(trainer: Trainer, recipe: StageRecipe, ready: Ready, told: Log, last: str | None) -> dict[str, float]:
+    """Measures, trains, perhaps from the checkpoint `last` on, and measures again; result as of `stage_run.run`.
 
     Raises:
         OutOfMemoryError: says what to lower.
@@ -269,13 +288,15 @@ def conduct(trainer: Trainer, recipe: StageRecipe, ready: Ready, told: Log) -> d
     trainer.remove_callback(PrinterCallback)
     if not sys.stderr.isatty():
         trainer.remove_callback(ProgressCallback)
+    if trainer.args.n_gpu > 1:  # several GPUs in one process would be DataParallel, which splits what cannot be split
+        trainer.args._n_gpu = 1
     figures: dict[str, float] = {}
-    folder = Path(str(trainer.args.output_dir))
-    last = get_last_checkpoint(str(folder)) if recipe.resume and folder.is_dir() else None
     try:
         if ready.held_out:
             figures["held_out_before"] = trainer.evaluate()["eval_loss"]
         trainer.train(resume_from_checkpoint=last)
+        if isinstance(trainer, SafeTrainer):
+            trainer.check()
         if ready.held_out:
             figures["held_out"] = trainer.evaluate()["eval_loss"]
     except (torch.OutOfMemoryError, MemoryError) as error:
@@ -284,7 +305,7 @@ def conduct(trainer: Trainer, recipe: StageRecipe, ready: Ready, told: Log) -> d
             f"accumulate ({recipe.accumulate}) by as much, lower max_tokens ({recipe.max_tokens}), set "
             "activation_checkpointing: true, or take peft.kind: qlora"
         ) from error
-    ready.model.eval()
+    whole(ready.model).eval()
     figures |= {"steps": float(trainer.state.global_step), "loss": told.last.get("loss", float("nan"))}
     if "retention" in told.last:
         figures["retention"] = told.last["retention"]
