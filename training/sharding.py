@@ -3,12 +3,19 @@
 Source: PyTorch FSDP2, `torch.distributed.fsdp.fully_shard`, which replaces parameters by shards (`DTensor`) in place.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
-from anygen.errors import ConfigError
+from anygen.errors import CheckpointError, ConfigError
+
+_FSDP, _MARKS = "torch.distributed.fsdp", ("__composable_api_state_key", "_fsdp_", "_is_fsdp_")
+"""Whose hooks, and which attributes, `fully_shard` leaves on a module."""
 
 
 def name_layers(module: Any) -> None:
@@ -31,22 +38,70 @@ def check_shardable(module: nn.Module) -> None:
         )
 
 
+@contextmanager
+def touching(module: nn.Module) -> Iterator[None]:
+    """Inside, every loss of a forward pass depends on all that trains outside the layers, if only by zero.
+
+    Processes whose batches lack a part, as those without media lack a projector's, would else reduce other gradients
+    than the rest, and the run would hang.
+    """
+    plain = module.forward
+
+    def forward(*arguments: Any, **options: Any) -> Any:
+        output = plain(*arguments, **options)
+        trained = [p for p in module.parameters() if p.requires_grad and not isinstance(p, DTensor)]
+        zero = sum((p.flatten()[:1].sum() * 0 for p in trained), torch.zeros(()).to(output["loss"].device))
+        for name in ("loss", "lm_loss", "alignment_loss"):
+            if output.get(name) is not None:
+                output[name] = output[name] + zero
+        return output
+
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+def load_shards(module: nn.Module, checkpoint: Path) -> None:
+    """Reads what `accelerate` wrote of a sharded module into it, sharded or not; frozen weights are not in it.
+
+    Raises:
+        CheckpointError: it does not fit.
+    """
+    from torch.distributed import checkpoint as shards
+
+    try:
+        (folder,) = checkpoint.glob("pytorch_model_fsdp_*")
+        shards.load({"model": module.state_dict()}, checkpoint_id=folder)  # in place
+    except (ValueError, RuntimeError, shards.CheckpointException) as error:
+        raise CheckpointError(
+            f"the checkpoint {checkpoint} does not fit: {str(error).splitlines()[-1][:300]}"
+        ) from None
+
+
 @torch.no_grad()
 def whole(module: nn.Module) -> nn.Module:
     """The same module without FSDP2, each process with all of its weights; a module that is not sharded stays as it is.
 
     Tied parameters stay tied.
     """
+    from torch.distributed._composable_state import _module_state_mapping
     from torch.distributed.fsdp import FSDPModule
-    from torch.distributed.tensor import DTensor
 
-    for part in list(module.modules()):
+    if not any(isinstance(part, FSDPModule) for part in module.modules()):
+        return module
+    for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
-            state = cast(Any, part)._get_fsdp_state()
-            state._pre_forward_hook_handle.remove()
-            state._post_forward_hook_handle.remove()
             part.__class__ = type(part).__mro__[2]  # FSDP made a class of FSDPModule and the module's own
+    for part in module.modules():
+        _module_state_mapping.pop(part, None)
+        for key in [key for key in part.__dict__ if key.startswith(_MARKS)]:
+            del part.__dict__[key]
+        for hooks in [value for key, value in part.__dict__.items() if key.endswith("_hooks")]:
+            for number in [n for n, hook in hooks.items() if getattr(hook, "__module__", "").startswith(_FSDP)]:
+                del hooks[number]
     made: dict[int, nn.Parameter] = {}
     for part in module.modules():
         for name, parameter in list(part._parameters.items()):

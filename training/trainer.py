@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, cast
@@ -27,7 +28,7 @@ from anygen.errors import CheckpointError, ConfigError, OutputError
 from anygen.files import is_disk_full
 from anygen.model import AnyGenOutput
 from anygen.training.loop import RunLog, is_main, world_size
-from anygen.training.sharding import check_shardable, name_layers, whole
+from anygen.training.sharding import check_shardable, load_shards, name_layers, touching, whole
 
 ITEMS, RUN = "items", "run.json"
 """The key under which a batch carries its items' numbers; the file of a checkpoint that says of which run it is."""
@@ -60,90 +61,23 @@ class Numbered(Dataset[tuple[int, Any]]):
         return lambda rows: collate([item for _, item in rows]) | {ITEMS: [number for number, _ in rows]}
 
 
-class SafeTrainer(Trainer):
-    """Whole checkpoints, strict resumption, losses of all processes, and batches by their names.
+class WholeCheckpoints(Trainer):
+    """Checkpoints that are there whole or not at all, are of this run, and fit this module.
 
     Args:
-        groups: of parameters, as AdamW takes them.
-        weight_decay: AdamW's.
         identity: what a checkpoint has to have been trained with.
         run_log: kept in checkpoints, and set back with them.
-        train_dataset: a `Numbered`, its batches collated by `Numbered.collator`.
     """
 
     def __init__(
-        self,
-        *args: Any,
-        groups: Sequence[dict[str, Any]],
-        weight_decay: float = 0.0,
-        identity: Mapping[str, Any] | None = None,
-        run_log: RunLog | None = None,
-        **kwargs: Any,
+        self, *args: Any, identity: Mapping[str, Any] | None = None, run_log: RunLog | None = None, **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.groups, self.decay = groups, weight_decay
         self.identity, self.run_log = dict(identity or {}), run_log
         self._partial: Path | None = None
-        self._recent: list[tuple[int, list[int], Tensor]] = []
-
-    def create_optimizer(self, model: Any = None) -> Any:
-        """AdamW; made here, since sharding replaces parameters."""
-        if self.optimizer is None:
-            self.optimizer = torch.optim.AdamW(list(self.groups), betas=(0.9, 0.98), weight_decay=self.decay)
-        return self.optimizer
-
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """The module's loss, as the mean over what all processes have of the batch.
-
-        Raises:
-            ConfigError: as `check`.
-        """
-        items = inputs.pop(ITEMS, [])
-        output = model(**inputs)
-        loss = self.mean_of_all(output, inputs) if self.accelerator.num_processes > 1 else output["loss"]
-        self._recent.append((self.state.global_step + 1, items, loss.detach()))
-        if loss.device.type == "cpu" or len(self._recent) >= LAZY:
-            self.check()
-        return (loss, output) if return_outputs else loss
-
-    def mean_of_all(self, output: Any, inputs: Mapping[str, Any]) -> Tensor:
-        """This process's part of the loss of the whole batch, times the number of processes, whose gradients DDP
-        averages. The LM loss is a mean over learned tokens, the alignment loss one over runs (of one modality)."""
-        if not isinstance(output, AnyGenOutput):
-            return output["loss"]  # of as many items on every process
-        device, model = self.args.device, self.accelerator.unwrap_model(self.model)
-        labels, conditions = inputs.get("labels"), inputs.get("conditions") or {}
-        tokens = (labels[:, 1:] != -100).sum() if labels is not None else torch.zeros((), device=device)
-        runs = sum(len(next(iter(tensors.values()))) for tensors in conditions.values())
-        own = torch.stack([tokens.float(), torch.tensor(float(runs), device=device)])
-        together = cast(Tensor, self.accelerator.reduce(own, "sum"))
-        shares = own * self.accelerator.num_processes / together.clamp(min=1)
-        loss = torch.zeros((), device=device)
-        if output.lm_loss is not None:
-            loss = loss + shares[0] * output.lm_loss
-        if output.alignment_loss is not None:
-            loss = loss + shares[1] * model.alignment_weight * output.alignment_loss
-        return loss
 
     def check(self) -> None:
-        """Whether the losses since the last check are numbers.
-
-        Raises:
-            ConfigError: one is not; names the step, its batch, and the last good checkpoint.
-        """
-        recent, self._recent = self._recent, []
-        if not recent or bool((finite := torch.stack([loss for *_, loss in recent]).isfinite()).all()):
-            return
-        step, items, _ = recent[int(finite.logical_not().nonzero()[0])]
-        data: Any = self.train_dataset
-        told = ", ".join(data.told(number) for number in items[:8])
-        more = f" and {len(items) - 8} more" if len(items) > 8 else ""
-        raise ConfigError(
-            f"the loss is no number at step {step}; lower the learning rate, or look at the batch: {told}{more}; "
-            f"{self._good()}"
-        )
+        """Asked before a checkpoint is written; raises what speaks against it."""
 
     def _good(self) -> str:
         folder = Path(str(self.args.output_dir))
@@ -209,9 +143,11 @@ class SafeTrainer(Trainer):
         Raises:
             CheckpointError: it is of a model of other parts or sizes; lists them.
         """
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
         target: nn.Module = self.model if model is None else model  # type: ignore[assignment]
+        if self.is_deepspeed_enabled:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.is_fsdp_enabled:
+            return load_shards(target, Path(resume_from_checkpoint))
         state = read_safetensors(Path(resume_from_checkpoint))
         check_fit(target.state_dict(), state, f"the checkpoint {resume_from_checkpoint}")
         target.load_state_dict(state, strict=False)  # frozen weights are not in it
@@ -243,6 +179,86 @@ class SafeTrainer(Trainer):
         if self.run_log is not None:
             self.run_log.restore(run["log"])
         return Path(last)
+
+
+class SafeTrainer(WholeCheckpoints):
+    """Whole checkpoints, losses of all processes together, and bad batches by their names.
+
+    Args:
+        groups: of parameters, as AdamW takes them.
+        weight_decay: AdamW's.
+        train_dataset: a `Numbered`, its batches collated by `Numbered.collator`.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        groups: Sequence[dict[str, Any]],
+        weight_decay: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.groups, self.decay = groups, weight_decay
+        self._recent: list[tuple[int, list[int], Tensor]] = []
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """AdamW; made here, since sharding replaces parameters."""
+        if self.optimizer is None:
+            self.optimizer = torch.optim.AdamW(list(self.groups), betas=(0.9, 0.98), weight_decay=self.decay)
+        return self.optimizer
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The module's loss, as the mean over what all processes have of the batch.
+
+        Raises:
+            ConfigError: as `check`.
+        """
+        items = inputs.pop(ITEMS, [])
+        output = model(**inputs)
+        loss = self.mean_of_all(output, inputs) if self.accelerator.num_processes > 1 else output["loss"]
+        self._recent.append((self.state.global_step + 1, items, loss.detach()))
+        if loss.device.type == "cpu" or len(self._recent) >= LAZY:
+            self.check()
+        return (loss, output) if return_outputs else loss
+
+    def mean_of_all(self, output: Any, inputs: Mapping[str, Any]) -> Tensor:
+        """This process's part of the loss of the whole batch, times the number of processes, whose gradients DDP
+        averages. The LM loss is a mean over learned tokens, the alignment loss one over runs (of one modality)."""
+        if not isinstance(output, AnyGenOutput):
+            return output["loss"]  # of as many items on every process
+        device, model = self.args.device, self.accelerator.unwrap_model(self.model)
+        labels, conditions = inputs.get("labels"), inputs.get("conditions") or {}
+        tokens = (labels[:, 1:] != -100).sum() if labels is not None else torch.zeros((), device=device)
+        runs = sum(len(next(iter(tensors.values()))) for tensors in conditions.values())
+        own = torch.stack([tokens.float(), torch.tensor(float(runs), device=device)])
+        together = cast(Tensor, self.accelerator.reduce(own, "sum"))
+        shares = own * self.accelerator.num_processes / together.clamp(min=1)
+        loss = torch.zeros((), device=device)
+        if output.lm_loss is not None:
+            loss = loss + shares[0] * output.lm_loss
+        if output.alignment_loss is not None:
+            loss = loss + shares[1] * model.alignment_weight * output.alignment_loss
+        return loss
+
+    def check(self) -> None:
+        """Whether the losses since the last check are numbers.
+
+        Raises:
+            ConfigError: one is not; names the step, its batch, and the last good checkpoint.
+        """
+        recent, self._recent = self._recent, []
+        if not recent or bool((finite := torch.stack([loss for *_, loss in recent]).isfinite()).all()):
+            return
+        step, items, _ = recent[int(finite.logical_not().nonzero()[0])]
+        data: Any = self.train_dataset
+        told = ", ".join(data.told(number) for number in items[:8])
+        more = f" and {len(items) - 8} more" if len(items) > 8 else ""
+        raise ConfigError(
+            f"the loss is no number at step {step}; lower the learning rate, or look at the batch: {told}{more}; "
+            f"{self._good()}"
+        )
 
 
 def _is_of_disk(error: Exception) -> bool:
@@ -358,6 +374,7 @@ def fit(
     if last is not None and int(last.name.split("-")[1]) >= steps:
         trainer._load_from_checkpoint(str(last))
     else:
-        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        with touching(module) if trainer.is_fsdp_enabled else nullcontext():
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
         trainer.check()
     whole(module).eval()

@@ -61,12 +61,32 @@ def main(case: str, out: str, kill_at: str = "0") -> None:
         return step(self, *arguments, **options)
 
     SafeTrainer.training_step = die
+    print(f"process-{os.environ.get('RANK', 0)}-of-{os.environ.get('WORLD_SIZE', 1)}\n", end="", flush=True)
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not torch.cuda.is_available():
+        shard_on_cpu()
     for number, (module, data, options) in enumerate(told["runs"]):
+        folder = Path(out) / str(options.pop("folder", number))
         trained = [p for p in module.parameters() if p.requires_grad]
-        log = RunLog(Path(out) / str(number), "run")
-        fit(module.train(), data, data.collate, [{"params": trained, "lr": 1e-2}], log, **options)
+        groups = [{"params": trained, "lr": 1e-2}]
+        fit(module.train(), data, data.collate, groups, RunLog(folder, "run"), **options)
         if is_main():
-            torch.save([p.detach() for p in trained], Path(out) / str(number) / "trained.pt")
+            made = [p.detach().cpu() for p in module.parameters() if p.requires_grad]  # sharding replaced them
+            torch.save(made, folder / "trained.pt")
+
+
+def shard_on_cpu() -> None:
+    """accelerate shards on accelerators alone, although FSDP2 does it anywhere: lets it take the CPUs for some."""
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    begin = PartialState.__init__
+
+    def pretend(self: Any, *arguments: Any, **options: Any) -> None:
+        begin(self, *arguments, **options)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = pretend
 
 
 if __name__ == "__main__":

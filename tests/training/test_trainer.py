@@ -1,5 +1,6 @@
 """Runs that are killed, spread over processes, or fail: they end as if nothing had happened, or say what to do."""
 
+import copy
 import errno
 import importlib.util
 import json
@@ -23,7 +24,7 @@ from anygen.training.loop import RunLog, lowering
 from anygen.training.new_input import Questions
 from anygen.training.new_output import Mixture, Wording
 from anygen.training.recipes import KINDS
-from anygen.training.sharding import check_shardable, name_layers, whole
+from anygen.training.sharding import check_shardable, load_shards, name_layers, whole
 from anygen.training.trainer import SafeTrainer, fit
 
 HERE = Path(__file__).resolve().parent
@@ -122,19 +123,24 @@ def cases(model: AnyGenModel) -> list[tuple[nn.Module, Any, dict[str, Any]]]:
     return [(model, asked, options), (model, mixed, options)]
 
 
-@pytest.mark.parametrize("config", ["ddp"])
+@pytest.mark.parametrize("config", ["ddp", "fsdp2"])
 def test_two_processes_give_the_curve_and_the_weights_of_one(
     config: str, tiny_model: Callable[..., AnyGenModel], tmp_path: Path
 ) -> None:
-    """Under `accelerate launch` with the file that is shipped, on the CPU."""
+    """Under `accelerate launch` with the file that is shipped; the third run finds the first one's checkpoint."""
     model = tiny_model()
     model.input_projectors.requires_grad_(True)
-    case = {"runs": cases(model)}
+    runs = cases(model)
+    untrained = copy.deepcopy(runs[0])
+    for options in (runs[0][2], untrained[2]):
+        options |= {"checkpoint_steps": 8, "identity": {"recipe": 1}}
     file = ROOT / "training" / "accelerate" / f"{config}.yaml"
-    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(file), "--cpu", "--num_processes", "2"]
-    done = launch(launcher, case, tmp_path / "two")
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(file), "--num_processes", "2"]
+    done = launch(launcher, {"runs": [*runs, (*untrained[:2], untrained[2] | {"folder": 0})]}, tmp_path / "two")
     assert done.returncode == 0, done.stderr
-    for number, (module, data, options) in enumerate(case["runs"]):
+    assert sorted(done.stdout.split()) == ["process-0-of-2", "process-1-of-2"]
+    assert checkpoints(tmp_path / "two" / "0") == ["checkpoint-8"]
+    for number, (module, data, options) in enumerate(runs):
         trained = [p for p in module.parameters() if p.requires_grad]
         log = RunLog(tmp_path / "one" / str(number), "run")
         fit(module.train(), data, data.collate, [{"params": trained, "lr": 1e-2}], log, **options)
@@ -145,6 +151,22 @@ def test_two_processes_give_the_curve_and_the_weights_of_one(
         weights = torch.load(tmp_path / "two" / str(number) / "trained.pt", weights_only=True)
         for one, other in zip(trained, weights, strict=True):
             torch.testing.assert_close(other, one.detach(), rtol=1e-3, atol=1e-4)
+
+
+def test_a_checkpoint_of_shards_that_is_missing_or_does_not_fit_is_told(group: None, tmp_path: Path) -> None:
+    from torch.distributed import checkpoint as shards
+
+    with pytest.raises(CheckpointError, match="does not fit"):
+        load_shards(Net(), tmp_path)
+    net = Net()
+    shards.save(
+        {"model": {k: v + 1 for k, v in net.state_dict().items()}}, checkpoint_id=tmp_path / "pytorch_model_fsdp_0"
+    )
+    other = Net()
+    load_shards(other, tmp_path)
+    assert all(torch.equal(one + 1, two) for one, two in zip(net.parameters(), other.parameters(), strict=True))
+    with pytest.raises(CheckpointError, match=r"does not fit: .*"):
+        load_shards(Net(16), tmp_path)
 
 
 def test_a_loss_that_is_no_number_names_the_batch_and_keeps_the_last_good_checkpoint(
@@ -315,12 +337,13 @@ def test_a_sharded_model_is_whole_again_afterwards(tiny_model: Callable[..., Any
     name_layers(model)
     layers: Any = model.llm.base.get_decoder().layers
     assert cast(Any, model)._no_split_modules == ["LlamaDecoderLayer"]
-    for layer in layers:
-        fully_shard(layer)
-    fully_shard(model)
-    assert isinstance(model.signal_tokens.rows, DTensor)
-    torch.testing.assert_close(model(ids).hidden_states, wanted)
-    assert whole(model) is model
+    for _ in range(2):
+        for layer in layers:
+            fully_shard(layer)
+        fully_shard(model)
+        assert isinstance(model.signal_tokens.rows, DTensor)
+        torch.testing.assert_close(model(ids).hidden_states, wanted)
+        assert whole(model) is model
     assert [(name, type(part)) for name, part in model.named_modules()] == names
     assert model.llm.tied and not any(isinstance(p, DTensor) for p in model.parameters())
     torch.testing.assert_close(model(ids).hidden_states, wanted)
