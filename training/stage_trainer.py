@@ -16,6 +16,7 @@ from anygen.features import Condition
 from anygen.generators.base import Generator
 from anygen.loading import load_generator
 from anygen.model import AnyGenModel, AnyGenOutput
+from anygen.training.kept_states import KeptStates, constant_states
 from anygen.training.loop import RunLog, world_size
 from anygen.training.sharding import check_shardable, name_layers, whole
 from anygen.training.stage import Ready, StageRecipe
@@ -40,6 +41,8 @@ FREE = (
     "retention_probes",
 )
 """Keys of a recipe that decide nothing of the result."""
+UNTOLD = ("epoch", "_per_second", "_preparation_time", "_runtime", "total_flos")
+"""Ends of the names of the trainer's figures that are left out of the run's own log."""
 
 
 class StageTrainer(SafeTrainer):
@@ -54,6 +57,8 @@ class StageTrainer(SafeTrainer):
         super().__init__(*args, **kwargs)
         self.recipe, self.generators = recipe, generators
         self.noise = torch.Generator().manual_seed(recipe.seed)
+        self.states: KeptStates | None = None
+        """Of the runs, where they are constants."""
         self._sums: dict[str, float] = {}
         self._counts: dict[str, int] = {}
 
@@ -67,7 +72,10 @@ class StageTrainer(SafeTrainer):
         """
         items = inputs.pop(ITEMS, [])
         given = to(inputs, self.args.device)
-        output: AnyGenOutput = model(**arguments(given))
+        if self.states is not None:
+            output = self.states.output(given)
+        else:
+            output = model(**arguments(given))
         parts = {"lm_loss": output.lm_loss, "alignment_loss": output.alignment_loss}
         if output.lm_loss is not None:
             output.lm_loss = self.recipe.lm_weight * output.lm_loss
@@ -133,8 +141,7 @@ class Log(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Called by the trainer."""
-        told = {k: v for k, v in (logs or {}).items() if isinstance(v, int | float) and not k.endswith("_per_second")}
-        told.pop("epoch", None)
+        told = {k: v for k, v in (logs or {}).items() if isinstance(v, int | float) and not k.endswith(UNTOLD)}
         if told:
             self.last |= told
             self.written.write(step=state.global_step, **told)
@@ -267,6 +274,9 @@ def fit(recipe: StageRecipe, out: Path, ready: Ready, log: RunLog) -> dict[str, 
         recipe=recipe,
         generators=generators,
     )
+    if constant_states(model) and not generators and not collator.words and not ready.features:
+        trainer.states = KeptStates(model)
+        trainer.states.fill(data[number]["learned"].ids for number in range(len(data)))
     if trainer.is_fsdp_enabled:
         check_shardable(model)
         name_layers(model)

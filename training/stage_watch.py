@@ -81,12 +81,7 @@ class Retention(TrainerCallback):
     def __init__(self, recipe: StageRecipe, model: AnyGenModel, log: Any, writer: Any) -> None:
         self.every, self.model, self.log, self.writer = recipe.retention_every or 1, model, log, writer
         self.probes = probes(model, recipe.retention_probes, recipe.seed)
-        self.before: list[Any] = []
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Called by the trainer."""
-        if not self.before:
-            self.before = self._kinds()
+        self.before = self._kinds()  # now: a run that goes on loads its checkpoint later
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Called by the trainer."""

@@ -1,6 +1,7 @@
 """Stages on a user's model and data: what moves, what they learn, what is in memory, what bad input gets."""
 
 import json
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,9 @@ from anygen.training.data_rows import read
 from anygen.training.decoder_alignment import DecoderAlignmentRecipe
 from anygen.training.encoder_alignment import EncoderAlignmentRecipe
 from anygen.training.instruction_tuning import InstructionTuningRecipe
-from anygen.training.stage_data import Item, Mixed, learn
+from anygen.training.kept_states import KeptStates, constant_states
+from anygen.training.stage import make_ready
+from anygen.training.stage_data import Collator, Item, Mixed, arguments, learn
 from anygen.training.trainable import PeftSettings
 
 QUICK: dict[str, Any] = dict(steps=12, batch_size=4, report_to=(), learning_rate=1e-2, held_out=0.2)
@@ -98,8 +101,6 @@ def test_training_needs_neither_encoders_nor_generators_once_they_are_cached(
 def test_a_loss_from_caches_is_the_loss_of_the_model_with_its_parts(user_model: Path, user_data: Path) -> None:
     """The reference is the model's own forward pass on media that its own encoder and generator read."""
     from anygen.loading import load_generator
-    from anygen.training.stage import make_ready
-    from anygen.training.stage_data import Collator, arguments
 
     recipe = InstructionTuningRecipe(
         model=str(user_model),
@@ -133,6 +134,37 @@ def test_a_loss_from_caches_is_the_loss_of_the_model_with_its_parts(user_model: 
     aligned = [float(o.alignment_loss) for o, _, said in losses if said]
     assert float(ours.lm_loss) == pytest.approx(words, rel=1e-3)
     assert float(ours.alignment_loss) == pytest.approx(sum(aligned) / len(aligned), rel=1e-2)
+
+
+def test_kept_states_give_the_loss_and_the_gradient_of_the_model_and_are_read_once(
+    user_model: Path, user_data: Path, tmp_path: Path
+) -> None:
+    captions: dict[str, Any] = {"video": str(user_data / "captions.txt"), "audio": str(user_data / "captions.txt")}
+    recipe = DecoderAlignmentRecipe(model=str(user_model), captions=captions, cache=str(user_data / "cache"))
+    trains = decoder_alignment.trains(recipe)
+    ready = make_ready(recipe, tmp_path, lambda config: decoder_alignment.prepare(recipe, config), trains)
+    model, rng = ready.model, random.Random(0)
+    items = [{"learned": ready.make(one.talk(rng))} for one in ready.train]
+    batch = Collator({}, ready.conditions, words=False)(items)
+    assert constant_states(model)
+    theirs = model(**arguments(batch))
+    theirs.loss.backward()
+    wanted = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    contexts = [item["learned"].ids for item in items]
+    for limit in (2**30, 2 * 4 * 32 * 4):
+        states = KeptStates(model)
+        states.fill(contexts * 2 + contexts[:1], batch_size=5, limit=limit)
+        read = states.read
+        for _ in range(2):
+            model.zero_grad()
+            ours = states.output(batch)
+            torch.testing.assert_close(ours.loss, theirs.loss)
+            ours.loss.backward()
+            for name, gradient in wanted.items():
+                torch.testing.assert_close(model.get_parameter(name).grad, gradient, rtol=1e-4, atol=1e-6)
+        assert (read, states.read - read) == ((len(items), 0) if limit == 2**30 else (2, 2 * (len(items) - 2)))
+    model.signal_tokens.requires_grad_(True)
+    assert not constant_states(model)
 
 
 def test_every_answer_of_a_conversation_is_learned_as_it_would_be_generated(
