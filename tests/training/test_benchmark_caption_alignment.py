@@ -31,6 +31,8 @@ def test_one_table_with_both_ways_as_json(script: Any, capsys: pytest.CaptureFix
         assert rows[what]["met"], rows[what]
     for what in ("the fast way, 8 captions a step", "trained LoRA, faster than plain"):
         assert rows[what]["value"] > 0
+    least = rows["faster than plain, in no more memory"]
+    assert least["value"] >= rows["faster than plain"]["value"] and least["least"] == 3
     measures = [what for what in rows if " -> " in what]
     assert len(measures) == 5 + 4 and all(rows[what]["value"] > 0 for what in measures)
 
