@@ -383,7 +383,8 @@ class LLM(nn.Module):
         adapter, base = self.adapter_parameters(), self.base
         theirs = {name for name, parameter in base.named_parameters() if id(parameter) in adapter}
         state = {k.replace(".base_layer.", "."): v for k, v in base.state_dict().items() if k not in theirs}
-        base.save_pretrained(directory, state_dict=state)
+        with _bars_on_terminals_alone():
+            base.save_pretrained(directory, state_dict=state)
         self.tokenizer.save_pretrained(directory)
 
     @contextmanager

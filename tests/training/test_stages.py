@@ -148,6 +148,7 @@ def test_kept_states_give_the_loss_and_the_gradient_of_the_model_and_are_read_on
     batch = Collator({}, ready.conditions, words=False)(items)
     assert constant_states(model)
     theirs = model(**arguments(batch))
+    assert theirs.loss is not None
     theirs.loss.backward()
     wanted = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     contexts = [item["learned"].ids for item in items]
