@@ -6,8 +6,11 @@ Shapes: M media, T feature tokens, C feature width.
 """
 
 import gc
+import hashlib
+import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from anygen.errors import AnyGenError, ConfigError
 from anygen.loading import find_generator, load_generator
 from anygen.model_config import AnyGenConfig, SourceConfig
 from anygen.model_parts import load_encoder, resolve_by_hub
-from anygen.training.caches import TensorCache, fingerprint
+from anygen.training.caches import Compute, TensorCache, fingerprint
 from anygen.training.chat_rows import Shown
 from anygen.training.data_rows import RowFault
 
@@ -70,21 +73,30 @@ def feature_cache(
     part = config.inputs[modality].encoder
     where = found(directory, part.source)
     identity = {"encoder": part.name, "options": part.options, "weights": fingerprint(where), "size": image_size}
-    cache = TensorCache(folder / f"features-{modality}-{_short(identity)}", identity, verify=verify)
     by_key = {medium.key: medium for medium in media}
     unread: dict[str, str] = {}
-    if all(key in cache for key in by_key):
-        return cache, unread
-    encoder: Any = load_encoder(part, lambda source: found(directory, source)).to(device).eval()
-    if image_size is not None:
-        set_image_size(encoder, modality, image_size)
+    with _alone(folder):
+        cache = TensorCache(folder / f"features-{modality}-{_short(identity)}", identity, verify=verify)
+        if all(key in cache for key in by_key):
+            return cache, unread
+        encoder: Any = load_encoder(part, lambda source: found(directory, source)).to(device).eval()
+        if image_size is not None:
+            set_image_size(encoder, modality, image_size)
+        compute = _encoding(encoder, by_key, unread, device)
+        cache.fill(by_key, compute, batch_size=batch_size, what=f"features of {modality}")
+    _forget()
+    return cache, unread
+
+
+def _encoding(encoder: Any, by_key: Mapping[str, Shown], unread: dict[str, str], device: torch.device) -> Compute:
+    """What encodes media by their keys; those that cannot be read are told in `unread` and left out."""
 
     @torch.no_grad()
     def compute(keys: Sequence[str]) -> tuple[Sequence[str], Mapping[str, Tensor]]:
         kept, values = [], []
         for key in keys:
             try:
-                values.append(by_key[key].load(modality))
+                values.append(by_key[key].load(encoder.modality))
                 kept.append(key)
             except (AnyGenError, RowFault) as error:
                 unread[key] = str(error)
@@ -94,9 +106,7 @@ def feature_cache(
         features = encoder(**tensors)
         return kept, {"values": features.values, "mask": features.mask}
 
-    cache.fill(by_key, compute, batch_size=batch_size, what=f"features of {modality}")
-    _forget()
-    return cache, unread
+    return compute
 
 
 def condition_cache(
@@ -121,16 +131,17 @@ def condition_cache(
     where = find_generator(directory, making.generator.source)
     assert where is not None
     identity = {"generator": making.generator.name, "weights": fingerprint(where)}
-    cache = TensorCache(folder / f"conditions-{modality}-{_short(identity)}", identity, verify=verify)
     wanted = list(dict.fromkeys(captions))
-    if all(caption in cache for caption in wanted):
-        return cache
-    generator = load_generator(directory, making, device, torch.float32)
+    with _alone(folder):
+        cache = TensorCache(folder / f"conditions-{modality}-{_short(identity)}", identity, verify=verify)
+        if all(caption in cache for caption in wanted):
+            return cache
+        generator = load_generator(directory, making, device, torch.float32)
 
-    def compute(keys: Sequence[str]) -> tuple[Sequence[str], Mapping[str, Tensor]]:
-        return keys, generator.encode_text(keys).tensors
+        def compute(keys: Sequence[str]) -> tuple[Sequence[str], Mapping[str, Tensor]]:
+            return keys, generator.encode_text(keys).tensors
 
-    cache.fill(wanted, compute, batch_size=batch_size, what=f"conditions of {modality}")
+        cache.fill(wanted, compute, batch_size=batch_size, what=f"conditions of {modality}")
     _forget()
     return cache
 
@@ -147,10 +158,17 @@ def set_image_size(encoder: Any, modality: str, size: int) -> None:
     change(size)
 
 
-def _short(identity: Mapping[str, Any]) -> str:
-    import hashlib
-    import json
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process fills a cache; the others of a run wait for it, and find it full."""
+    from filelock import FileLock
 
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):
+        yield
+
+
+def _short(identity: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -35,10 +35,9 @@ from anygen.training.caches import TensorCache
 from anygen.training.chat_rows import Preference, check_fit, preference
 from anygen.training.data_rows import Rows, Source, read
 from anygen.training.instruction_tuning import sources
-from anygen.training.loop import RunLog
 from anygen.training.stage import Prepared, Ready, StageRecipe, make_ready
 from anygen.training.stage_data import Item, as_features, item, learn
-from anygen.training.stage_run import save, tell_parameters
+from anygen.training.stage_run import begin_log, save, tell_parameters
 from anygen.training.stage_trainer import Log, callbacks, conduct, optimizer, training_arguments
 from anygen.training.trainable import PARTS
 
@@ -100,10 +99,12 @@ class PreferenceModel(PreTrainedModel):
     def __init__(self, model: AnyGenModel) -> None:
         super().__init__(_Config())
         self.inner = model
+        self.guarded = True
         self.generation_config = GenerationConfig()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name != "forward":  # TRL puts a pass there that wants one matrix as the head; ours gives what that would
+        # TRL puts a pass there that wants one matrix as the head; ours gives what that would. Accelerate's comes later.
+        if name != "forward" or not self.guarded:
             super().__setattr__(name, value)
 
     def forward(
@@ -228,6 +229,7 @@ def dpo_trainer(recipe: PreferenceTuningRecipe, out: Path, ready: Ready, told: L
         optimizers=(optimizer(wrapped.inner, recipe), None),
         callbacks=callbacks(recipe, out, ready, told),
     )
+    wrapped.guarded = False
     return trainer
 
 
@@ -251,7 +253,7 @@ def train(recipe: PreferenceTuningRecipe, out: Path) -> dict[str, float]:
     Raises:
         ConfigError: as `stage_run.run` and `prepare`, or TRL is not installed.
     """
-    log = RunLog(out, "training")
+    log = begin_log(recipe, out)
     ready = make_ready(recipe, out, lambda config: prepare(recipe, config), trains(recipe))
     tell_parameters(ready.model, log)
     told = Log(log)

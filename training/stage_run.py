@@ -31,7 +31,7 @@ def run(recipe: StageRecipe, out: Path, prepare: Prepare, trains: Sequence[str])
         ConfigError: something named is not there, too many rows are bad, or the loss became no number.
         OutOfMemoryError: the device has too little memory.
     """
-    log = RunLog(out, "training")
+    log = begin_log(recipe, out)
     ready = make_ready(recipe, out, prepare, trains)
     tell_parameters(ready.model, log)
     figures = fit(recipe, out, ready, log)
@@ -40,6 +40,14 @@ def run(recipe: StageRecipe, out: Path, prepare: Prepare, trains: Sequence[str])
     save(recipe, out, ready.model)
     log.write(final=True, **figures)
     return figures
+
+
+def begin_log(recipe: StageRecipe, out: Path) -> RunLog:
+    """`out/training.jsonl`, without what an earlier run left there, unless that is gone on with."""
+    log = RunLog(out, "training")
+    if not recipe.resume:
+        log.restore("")
+    return log
 
 
 def tell_parameters(model: AnyGenModel, log: RunLog) -> None:

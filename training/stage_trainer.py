@@ -1,5 +1,6 @@
 """`transformers.Trainer` for a stage: its losses, its optimizer, its logs, and what happens when it fails."""
 
+import json
 import logging
 import sys
 from collections.abc import Mapping
@@ -137,13 +138,21 @@ class Log(TrainerCallback):
 
     def __init__(self, log: RunLog) -> None:
         self.written = log
+        self.first: dict[str, float] = {}
         self.last: dict[str, float] = {}
+
+    def remember(self) -> None:
+        """Takes the first figures from the log of the run that is gone on with."""
+        for line in self.written.text().splitlines():
+            row: dict[str, float] = json.loads(line)
+            self.first = {**row, **self.first}
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Called by the trainer."""
-        told = {k: v for k, v in (logs or {}).items() if isinstance(v, int | float) and not k.endswith(UNTOLD)}
+        figures = (logs or {}).items()
+        told: dict[str, Any] = {k: v for k, v in figures if isinstance(v, int | float) and not k.endswith(UNTOLD)}
         if told:
-            self.last |= told
+            self.first, self.last = told | self.first, self.last | told
             self.written.write(step=state.global_step, **told)
 
 
@@ -274,7 +283,7 @@ def fit(recipe: StageRecipe, out: Path, ready: Ready, log: RunLog) -> dict[str, 
         recipe=recipe,
         generators=generators,
     )
-    if constant_states(model) and not generators and not collator.words and not ready.features:
+    if constant_states(model) and not (generators or collator.words or ready.features) and world_size() == 1:
         trainer.states = KeptStates(model)
         trainer.states.fill(data[number]["learned"].ids for number in range(len(data)))
     if trainer.is_fsdp_enabled:
@@ -300,15 +309,18 @@ def conduct(trainer: Trainer, recipe: StageRecipe, ready: Ready, told: Log, last
         trainer.remove_callback(ProgressCallback)
     if trainer.args.n_gpu > 1:  # several GPUs in one process would be DataParallel, which splits what cannot be split
         trainer.args._n_gpu = 1
+    # Not by `evaluate`, after which several processes would train each by itself. A run that goes on has it in its log.
+    trainer.args.eval_on_start = bool(ready.held_out) and last is None
+    if last is not None:
+        told.remember()
     figures: dict[str, float] = {}
     try:
-        if ready.held_out:
-            figures["held_out_before"] = trainer.evaluate()["eval_loss"]
         trainer.train(resume_from_checkpoint=last)
         if isinstance(trainer, SafeTrainer):
             trainer.check()
         if ready.held_out:
             figures["held_out"] = trainer.evaluate()["eval_loss"]
+            figures = {"held_out_before": told.first["eval_loss"]} | figures
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise OutOfMemoryError(
             f"not enough memory ({str(error).splitlines()[0][:160]}); lower batch_size ({recipe.batch_size}) and raise "

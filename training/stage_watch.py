@@ -12,6 +12,7 @@ from anygen.loading import load_generator
 from anygen.media import Audio, Image, Video
 from anygen.messages import Message, TextPart
 from anygen.model import AnyGenModel
+from anygen.training.loop import is_main
 from anygen.training.requests import self_prompts
 from anygen.training.stage import Ready, StageRecipe
 
@@ -19,9 +20,12 @@ logger = logging.getLogger("anygen.training")
 
 
 def tensorboard(folder: Path) -> tuple[TrainerCallback, Any] | None:
-    """The callback that writes curves to `folder`, and its writer; None where TensorBoard is not installed."""
+    """The callback that writes curves to `folder`, and its writer; None where TensorBoard is not installed, and on all
+    processes but the first."""
     from transformers.integrations import TensorBoardCallback
 
+    if not is_main():
+        return None
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -39,7 +43,8 @@ class Samples(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Called by the trainer."""
-        if state.global_step % self.recipe.sample_every == 0 or state.global_step == state.max_steps:
+        due = state.global_step % self.recipe.sample_every == 0 or state.global_step == state.max_steps
+        if due and is_main():
             self.sample(state.global_step)
 
     def sample(self, step: int) -> None:

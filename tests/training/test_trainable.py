@@ -157,3 +157,22 @@ def test_adapters_that_do_not_fit_are_told(tiny_model: Make) -> None:
     with pytest.raises(ConfigError, match="unknown kind 'adaption_prompt'"):
         PeftSettings(kind="adaption_prompt")
     assert PeftSettings(kind="qlora").quantization == "4bit"
+
+
+def test_an_adapter_trains_on_an_llm_in_four_bits(user_model: Path, user_data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("optimum.quanto", reason="needs optimum-quanto")
+    recipe = InstructionTuningRecipe(
+        model=str(user_model),
+        data=str(user_data / "chats.jsonl"),
+        cache=str(user_data / "cache"),
+        peft=PeftSettings(kind="qlora", rank=2),
+        steps=6,
+        batch_size=4,
+        learning_rate=1e-2,
+        held_out=0.2,
+        report_to=(),
+    )
+    figures = instruction_tuning.train(recipe, tmp_path)
+    assert figures["held_out"] < figures["held_out_before"]
+    model = AnyGenModel.from_pretrained(tmp_path / "model")
+    assert not model.llm.quantized and any("lora_" in name for name, _ in model.named_parameters())
