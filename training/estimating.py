@@ -26,9 +26,10 @@ from anygen.memory_need import model_need
 from anygen.model import ADAPTER, CONFIG, TOKENIZER, AnyGenModel
 from anygen.model_config import AnyGenConfig
 from anygen.model_parts import load_encoder
+from anygen.training.kept_states import constant_states
 from anygen.training.precompute import found
 from anygen.training.stage import Prepare, StageRecipe, trained_encoders
-from anygen.training.stage_data import learn
+from anygen.training.stage_data import Item, learn
 from anygen.training.trainable import Selection, adapt, own_weights, select
 
 SAMPLE = 200
@@ -123,8 +124,12 @@ def estimate(recipe: StageRecipe, prepare: Prepare, trains: Sequence[str]) -> Es
     logits = batch * targets if prepared.words else 0.0
     told.memory = memory(recipe, model, directory, batch * tokens, logits)
     operations = step_operations(model, batch * tokens, logits) * recipe.accumulate
-    operations *= 4 / 3 if recipe.activation_checkpointing else 1
-    told.seconds = told.steps * operations / (speed(model, device) * EFFICIENCY.get(device.type, 0.35))
+    operations *= told.steps * (4 / 3 if recipe.activation_checkpointing else 1)
+    if constant_states(model) and not prepared.words and not recipe.diffusion_weight:  # a context is read once
+        drawn = told.steps * batch * recipe.accumulate
+        contexts = min(drawn, told.rows * contexts_of(model, prepared.items))
+        operations = step_operations(model, contexts * tokens, 0) + projector_operations(model, drawn * tokens)
+    told.seconds = operations / (speed(model, device) * EFFICIENCY.get(device.type, 0.35))
     return told
 
 
@@ -186,14 +191,28 @@ def step_operations(model: AnyGenModel, tokens: float, logits: float) -> float:
     back = 2 if through_llm(model) else 0
     head = max(rows.values())
     trained_head = head if any(p.requires_grad and id(p) not in adapter for p in model.llm.parameters()) else 0
-    projectors = [p for part in (model.input_projectors, model.output_projectors) for p in part.parameters()]
-    media = tokens / 40  # one medium in so many tokens, of this many slots or signal tokens
-    slots = max([*model.settings.slots.values(), *(len(run) for run in model.signal_tokens.runs.values())], default=1)
     return (
         tokens * ((2 + back) * sum(p.numel() for p in layers) + 2 * own)
         + logits * ((2 + back) * head + 2 * trained_head)
-        + media * slots * sum(p.numel() * (6 if p.requires_grad else 2) for p in projectors)
+        + projector_operations(model, tokens)
     )
+
+
+def projector_operations(model: AnyGenModel, tokens: float) -> float:
+    """Of these the projectors'; there is about one medium in forty tokens."""
+    projectors = [p for part in (model.input_projectors, model.output_projectors) for p in part.parameters()]
+    slots = max([*model.settings.slots.values(), *(len(run) for run in model.signal_tokens.runs.values())], default=1)
+    return tokens / 40 * slots * sum(p.numel() * (6 if p.requires_grad else 2) for p in projectors)
+
+
+def contexts_of(model: AnyGenModel, items: Sequence[Item]) -> float:
+    """About how many different contexts an item becomes, of those that are drawn at random."""
+    tried = random.Random(0).sample(list(items), min(8, len(items)))
+    found = [
+        len({tuple(learn(model.prompts, one.talk(random.Random(draw)), words=True).ids) for draw in range(12)})
+        for one in tried
+    ]
+    return sum(found) / max(1, len(found))
 
 
 def speed(model: AnyGenModel, device: torch.device) -> float:

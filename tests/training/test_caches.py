@@ -1,5 +1,6 @@
 """Caches give back what was computed, go on where they were, and notice damage."""
 
+import errno
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from anygen.errors import ConfigError
+from anygen.errors import ConfigError, OutputError
 from anygen.training import caches
 from anygen.training.caches import TensorCache, fingerprint
 
@@ -99,6 +100,18 @@ def test_rows_of_several_shapes_are_refused(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match=r"'v' differs in shape from row to row \(\[\(1,\), \(2,\)\]\)"):
         open_cache(tmp_path).fill(KEYS[:2], growing, batch_size=1)
+
+
+def test_a_full_disk_is_told_and_leaves_what_was_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    open_cache(tmp_path).fill(KEYS[:3], Computer())
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OutputError, match="the disk of .*cache is full; what was computed so far is kept"):
+        open_cache(tmp_path).fill(KEYS, Computer())
+    assert len(open_cache(tmp_path)) == 3 and not list((tmp_path / "cache").glob(".*.tmp"))
 
 
 def test_a_cache_of_something_else_and_a_broken_index_are_refused(tmp_path: Path) -> None:

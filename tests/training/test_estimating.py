@@ -1,6 +1,7 @@
 """What a stage will take: parameters to the last one, activations and operations near what a step really takes."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,19 @@ def test_a_dry_run_tells_and_writes_nothing(
     assert "computed into caches first: 12 media" in told and "memory on cpu: about" in told
     assert "mini: the recipe is right; there is no estimate for its kind" in told
     assert not (tmp_path / "out").exists()
+
+
+def test_contexts_that_are_read_once_cost_once(user_model: Path, user_data: Path, tmp_path: Path) -> None:
+    module, recipe = recipes(user_model, user_data)["decoder"]
+    ready = ready_of(module, recipe, tmp_path)
+    forms = len(decoder_alignment.requests("video"))
+    assert forms - 1 <= estimating.contexts_of(ready.model, ready.train) <= forms
+
+    def seconds(steps: int) -> float:
+        changed = replace(recipe, steps=steps)
+        return estimate(changed, lambda config: module.prepare(changed, config), module.trains(changed)).seconds
+
+    assert seconds(20_000) < 10 * seconds(2_000) < 40 * seconds(2_000)
 
 
 def test_fewer_bits_and_fewer_kept_activations_take_less(user_model: Path, user_data: Path, tmp_path: Path) -> None:
