@@ -10,6 +10,9 @@ from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig
 
 from anygen.errors import ConfigError
 from anygen.llm import LLM
+from anygen.model import AnyGenModel
+from anygen.rows import DynamicRows, Kept
+from anygen.static_rows import StaticMemories
 
 
 def hidden(llm: LLM, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -89,3 +92,25 @@ def test_every_kind_trains_alone_round_trips_and_leaves_the_base_as_it_was(
 def test_prompt_tokens_of_other_kinds_are_refused(tiny_llm: Callable[..., LLM]) -> None:
     with pytest.raises(ConfigError, match="adds prompt tokens; use prefix tuning, or an adapter of the layers"):
         tiny_llm().add_adapter(PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+
+
+def test_a_conversation_goes_on_behind_a_prefix_as_if_it_were_read_anew(
+    tiny_model: Callable[..., AnyGenModel],
+) -> None:
+    model = tiny_model()
+    model.llm.add_adapter(PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    for parameter in model.llm.adapter_parameters().values():
+        torch.nn.init.normal_(parameter, std=1.0)
+    first, second, kept = [5, 9, 30, 7], [5, 9, 30, 8, 12, 40], Kept()
+    begun = DynamicRows(model, adapted=True, kept=kept, keys=first)
+    begun.read([first], None)
+    begun.feed([[11]])
+    begun.leave(kept)
+    again = DynamicRows(model, adapted=True, kept=kept, keys=second)
+    assert len(again.keys) == 3, "what both have in common is not read again"
+    again.read([second], None)
+    anew = DynamicRows(model, adapted=True)
+    anew.read([second], None)
+    torch.testing.assert_close(again.logits(0), anew.logits(0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(again.feed([[3, 4]]), anew.feed([[3, 4]]), rtol=1e-4, atol=1e-4)
+    assert StaticMemories.reason_against(model) == "its adapter is a prefix"
