@@ -13,7 +13,7 @@ from anygen.errors import CheckpointError
 logger = logging.getLogger("anygen.training")
 
 MODEL, ENCODER = "model", "imagebind"
-GENERATORS = {"image": "generator", "video": "video/generator", "audio": "sound/generator"}
+GENERATORS = {"image": "clips/generator", "video": "video/generator", "audio": "sound/generator"}
 """Output modality -> where its recipe writes the generator."""
 SHARED = {
     "vae": "../image/vae",

@@ -141,10 +141,14 @@ class NearestThing(NearestIcon):
 
 
 def cut_out(pictures: Tensor, side: int = 64) -> Tensor:
-    """The foreground on white, so large that it touches the frame: float[B, 3, S, S] -> float[B, 3, side, side]."""
+    """The foreground on white, so large that it touches the frame: float[B, 3, S, S] -> float[B, 3, side, side].
+
+    Specks are left out, as where clips are tracked: one at the edge would decide how large the rest is.
+    """
     boxes, plain = [], []
     for picture in pictures:
         mask = foreground(picture)
+        mask = _main_parts(mask) if mask.any() else mask
         plain.append(torch.where(mask, picture, 1.0))
         rows, columns = mask.any(1).nonzero()[:, 0], mask.any(0).nonzero()[:, 0]
         if not len(rows):

@@ -13,9 +13,11 @@ import torch
 from anygen.errors import ConfigError
 from anygen.generators.stable_diffusion import EMBEDS, SamplingDefaults, StableDiffusionGenerator
 from anygen.training.captions import caption_corpus
+from anygen.training.clip_pools import ClipFrames
 from anygen.training.diffusion import (
     DiffusionRecipe,
     LatentPool,
+    _Clips,
     _Objective,
     build_parts,
     build_text,
@@ -60,6 +62,63 @@ def test_the_objective_is_the_weighted_velocity_loss(icons: IconSet) -> None:
     squared = (predicted - reference.get_velocity(latents, noise, times)).square().mean((1, 2, 3))
     weights = snr_weights(scheduler.alphas_cumprod, times, 5.0, "v_prediction").clamp(min=0.1)
     torch.testing.assert_close(loss, (weights * squared).mean())
+    alike = _Objective(unet, text.encoder, scheduler.alphas_cumprod, min_snr=None)(latents, tokens, noise, times)
+    torch.testing.assert_close(alike, squared.mean())
+
+
+def test_a_text_encoder_is_held_to_what_captions_of_pictures_meant(icons: IconSet) -> None:
+    torch.manual_seed(0)
+    text, kept = build_text(TINY, icons), build_scheduler().alphas_cumprod
+    unet, tokens = build_unet(TINY, latent_channels=4, side=4), text.tokenize(["a red circle", "a cat", "two squares"])
+    arguments = torch.randn(3, 4, 4, 4), tokens, torch.randn(3, 4, 4, 4), torch.tensor([100, 500, 900])
+    held = _Objective(unet, text.encoder, kept, None, keep=2.0, kept=2)
+    free = _Objective(unet, text.encoder, kept, None)
+    torch.testing.assert_close(held(*arguments), free(*arguments))  # nothing has moved yet
+    before = text(tokens[:2])
+    with torch.no_grad():
+        words = text.encoder.get_input_embeddings().weight
+        words.add_(0.1 * torch.randn_like(words))
+    moved = (text(tokens[:2]) - before).square().mean() / before.var(0, correction=0).mean()
+    torch.testing.assert_close(held(*arguments), free(*arguments) + 2 * moved)
+    assert moved > 0 and held.given is not None and not any(p.requires_grad for p in held.given.parameters())
+
+
+def test_frames_of_clips_stand_behind_the_pictures_of_a_batch(icons: IconSet, vae: Any) -> None:
+    text, recipe = build_text(TINY, icons), replace(TINY, moving=6, frames=4, frame_share=0.25)
+    pool = LatentPool(recipe, PictureSource(icons, seed=4), vae, text)
+    torch.manual_seed(0)
+    latents, tokens = pool.draw(8, 0.0)
+    assert pool.frames is not None and latents.shape == (8, 4, 4, 4) and replace(recipe, batch_size=8).pictures == 6
+    clips, captions = pool.frames.parts[0].latents.float(), pool.frames.parts[0].tokens
+    for latent, said in zip(latents[6:], tokens[6:], strict=True):
+        of = [n for n, clip in enumerate(clips) if (clip.transpose(0, 1) == latent).flatten(1).all(1).any()]
+        assert of and any((said == captions[n]).all(1).any() for n in of)
+    for latent in latents[:6]:
+        assert (pool.latents.float() == latent).flatten(1).all(1).any()
+
+
+def test_early_frames_come_more_often_than_late_ones(icons: IconSet, vae: Any) -> None:
+    recipe = replace(TINY, moving=1, frames=4, frame_share=0.5)
+    frames = ClipFrames(_Clips(recipe, 32), icons, vae, build_text(TINY, icons), torch.device("cpu"))
+    clip = frames.parts[0].latents[0].float().transpose(0, 1)  # [F, c, h, w]
+    torch.manual_seed(0)
+    latents, _ = frames.draw(400)
+    counts = [int((latents == frame).flatten(1).all(1).sum()) for frame in clip]
+    assert sum(counts) == 400 and counts == sorted(counts, reverse=True) and 170 < counts[0] < 230  # half, of sqrt(1/4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"keep_text": 1.0}, "keep_text needs a start"),
+        ({"frame_share": 0.5}, "a share below 1 needs moving or animated clips"),
+        ({"moving": 4}, "they need a share"),
+        ({"animated": 4, "frame_share": 0.5}, "animated: needs animations"),
+    ],
+)
+def test_clips_and_what_is_kept_are_checked(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        replace(TINY, **options)
 
 
 def test_the_pool_holds_the_source_s_pictures_as_latents(icons: IconSet, vae: Any) -> None:
@@ -174,6 +233,13 @@ def onwards(
         learning_rate=0.3,  # of which the warm-up leaves 0.001
         sampling=SamplingDefaults(steps=1),
     )
+
+
+def test_a_run_learns_from_frames_and_says_how_far_the_text_moved(onwards: DiffusionRecipe, tmp_path: Path) -> None:
+    train(replace(onwards, keep_text=0.5, moving=4, frames=4, frame_share=0.5), tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "diffusion.jsonl").read_text().splitlines()]
+    (moved,) = [row["text_moved"] for row in rows if "text_moved" in row]
+    assert 0 < moved < 1
 
 
 def weights(out: Path, part: str) -> dict[str, torch.Tensor]:

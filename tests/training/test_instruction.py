@@ -503,11 +503,11 @@ def test_a_projector_of_two_tensors_is_fitted_as_well_as_one_of_each() -> None:
 def runs(run: Path, parts: Parts, tmp_path: Path) -> Path:
     """What the recipes wrote, where they write it."""
     folder = tmp_path / "runs"
-    for part in ("video", "sound"):
+    for part in ("clips", "video", "sound"):
         (folder / part).mkdir(parents=True)
     (folder / "model").symlink_to(run / "model")
     (folder / "imagebind").symlink_to(parts["encoder"])
-    for place, modality in (("generator", "image"), ("video/generator", "video"), ("sound/generator", "audio")):
+    for place, modality in (("clips/generator", "image"), ("video/generator", "video"), ("sound/generator", "audio")):
         (folder / place).symlink_to(parts["generators"][modality])
     return folder
 

@@ -58,6 +58,13 @@ def test_a_thing_is_known_at_any_size_place_and_plain_background(icons: IconSet)
         assert nearest.shows(found, int(icons.concept[icon]))
 
 
+def test_a_speck_does_not_change_what_is_cut_out(large_icons: IconSet) -> None:
+    middle = middle_of(clip_of(large_icons, BAR, "moving left"), "moving left")
+    speckled = middle.clone()
+    speckled[:, 4:6, 58:60] = 0.5  # beyond the border that gives the background's colour
+    torch.testing.assert_close(cut_out(speckled[None]), cut_out(middle[None]), rtol=0, atol=1e-6)
+
+
 def test_what_is_cut_out_touches_the_frame(large_icons: IconSet) -> None:
     small = torch.ones(3, 64, 64)
     small[:, 20:30, 40:44] = 0
