@@ -225,7 +225,7 @@ def speed(model: AnyGenModel, device: torch.device) -> float:
     def run(count: int) -> float:
         began = time.perf_counter()
         for _ in range(count):
-            left @ right
+            torch.matmul(left, right)
         if device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - began

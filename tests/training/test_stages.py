@@ -160,6 +160,7 @@ def test_kept_states_give_the_loss_and_the_gradient_of_the_model_and_are_read_on
             model.zero_grad()
             ours = states.output(batch)
             torch.testing.assert_close(ours.loss, theirs.loss)
+            assert ours.loss is not None
             ours.loss.backward()
             for name, gradient in wanted.items():
                 torch.testing.assert_close(model.get_parameter(name).grad, gradient, rtol=1e-4, atol=1e-6)
