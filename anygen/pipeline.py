@@ -423,7 +423,7 @@ class AnyGenPipeline:
         """Parts, sizes, licences, trainable parameters and the modality matrix; `print` it.
 
             >>> print(pipe.info().reads, pipe.info().makes)
-            ('text', 'image') ('text', 'image')
+            ('text', 'image', 'video', 'audio') ('text', 'image', 'video', 'audio')
 
         Raises:
             ConfigError: the pipeline was put together in code and has no directory.
