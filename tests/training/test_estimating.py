@@ -115,7 +115,10 @@ def test_a_dry_run_tells_and_writes_nothing(
     assert not (tmp_path / "out").exists()
 
 
-def test_contexts_that_are_read_once_cost_once(user_model: Path, user_data: Path, tmp_path: Path) -> None:
+def test_contexts_that_are_read_once_cost_once(
+    user_model: Path, user_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimating, "speed", lambda *_: 1e9)  # a busy machine's is another at each call
     module, recipe = recipes(user_model, user_data)["decoder"]
     ready = ready_of(module, recipe, tmp_path)
     forms = len(decoder_alignment.requests("video"))
@@ -125,7 +128,8 @@ def test_contexts_that_are_read_once_cost_once(user_model: Path, user_data: Path
         changed = replace(recipe, steps=steps)
         return estimate(changed, lambda config: module.prepare(changed, config), module.trains(changed)).seconds
 
-    assert seconds(20_000) < 10 * seconds(2_000) < 40 * seconds(2_000)
+    few, many = seconds(2_000), seconds(20_000)
+    assert few < many < 10 * few
 
 
 def test_fewer_bits_and_fewer_kept_activations_take_less(user_model: Path, user_data: Path, tmp_path: Path) -> None:
