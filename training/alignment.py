@@ -30,14 +30,13 @@ from anygen.training import sound_captions
 from anygen.training.captions import Drawing, canonical, varied
 from anygen.training.conditions import alignment_metrics, encode_captions, load_generators
 from anygen.training.icons import TRAINED_STYLES
-from anygen.training.instruction import captions_of, wishes_of
 from anygen.training.loop import AveragedWeights, Progress, RunLog, bf16_on_gpu, lowering
 from anygen.training.motion import MOTIONS, Shot, canonical_clip, varied_clip
 from anygen.training.packing import PackedDecoder, block_mask, pack, rows_of, segments_of
 from anygen.training.pictures import load_icons
 from anygen.training.requests import Conversation, Conversations
 from anygen.training.sounds import load_sounds
-from anygen.training.wishes import ClipWishes, ImageWishes, SoundWishes, Wishes
+from anygen.training.wishes import ClipWishes, ImageWishes, SoundWishes, Wishes, captions_of, wishes_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

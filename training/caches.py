@@ -19,6 +19,7 @@ from torch import Tensor
 
 from anygen.errors import ConfigError, OutputError
 from anygen.files import is_disk_full, writing
+from anygen.manifest import sha256
 
 logger = logging.getLogger("anygen.training")
 
@@ -116,7 +117,7 @@ class TensorCache:
 
     def _admit(self, shard: dict[str, Any], verify: bool) -> None:
         path = self.folder / shard["file"]
-        if not path.is_file() or (verify and _sha256(path) != shard["sha256"]):
+        if not path.is_file() or (verify and sha256(path) != shard["sha256"]):
             logger.warning("%s is missing or damaged; its %d rows are computed again", path, shard["rows"])
             return
         self.shards.append(shard)
@@ -134,7 +135,7 @@ class TensorCache:
             self.folder.mkdir(parents=True, exist_ok=True)
             with writing(self.folder / name, overwrite=True) as temporary:
                 save_file({key: value.contiguous() for key, value in tensors.items()}, temporary, metadata=told)
-            shard = {"file": name, "rows": len(keys), "sha256": _sha256(self.folder / name)}
+            shard = {"file": name, "rows": len(keys), "sha256": sha256(self.folder / name)}
             with writing(self.folder / INDEX, overwrite=True) as temporary:
                 text = json.dumps({"identity": self.identity, "shards": [*self.shards, shard]}, indent=1)
                 temporary.write_text(text, encoding="utf-8")
@@ -175,8 +176,3 @@ def _half(value: Tensor, name: str) -> Tensor:
     if not bool(half.isfinite().all()):
         raise ConfigError(f"'{name}' holds values that are no numbers, or beyond what half precision reaches")
     return half
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

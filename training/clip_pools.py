@@ -26,12 +26,10 @@ class ClipSettings(Protocol):
     @property
     def seed(self) -> int: ...
     @property
-    def side(self) -> int:
-        """Of a frame, in pixels."""
+    def frames(self) -> int:
+        """Of a clip."""
         ...
 
-    @property
-    def frames(self) -> int: ...
     @property
     def moving(self) -> int:
         """Clips of synthetic motion."""
@@ -53,6 +51,11 @@ class ClipSettings(Protocol):
 
 class MixedClips(ClipSettings, Protocol):
     """And of their shares."""
+
+    @property
+    def side(self) -> int:
+        """Of a frame, in pixels."""
+        ...
 
     @property
     def still(self) -> int:
@@ -81,10 +84,10 @@ Said = tuple[Tensor, list[str]]
 """Clips float[B, F, 3, S, S] in [0, 1], and two captions for each, one after the other."""
 
 
-def moving_clips(recipe: ClipSettings, icons: IconSet, device: torch.device) -> Iterator[Said]:
+def moving_clips(recipe: ClipSettings, icons: IconSet, side: int, device: torch.device) -> Iterator[Said]:
     """`recipe.moving` clips of synthetic motion."""
     rng = random.Random(recipe.seed + 1)
-    source = MotionSource(icons, seed=recipe.seed, side=recipe.side, frames=recipe.frames, device=device)
+    source = MotionSource(icons, seed=recipe.seed, side=side, frames=recipe.frames, device=device)
     for batch in source.clips(recipe.moving):
         captions = []
         for concept, shot in zip(batch.concepts, batch.shots, strict=True):
@@ -93,15 +96,13 @@ def moving_clips(recipe: ClipSettings, icons: IconSet, device: torch.device) -> 
         yield batch.pixels, captions
 
 
-def animated_clips(recipe: ClipSettings, icons: IconSet, device: torch.device) -> Iterator[Said]:
+def animated_clips(recipe: ClipSettings, icons: IconSet, side: int, device: torch.device) -> Iterator[Said]:
     """`recipe.animated` clips of animated icons; every second caption does not say that it moves."""
     rng, animations = (
         random.Random(recipe.seed + 2),
         load_animations(recipe.animations or "", recipe.animations_checksum),
     )
-    source = AnimationSource(
-        animations, icons, seed=recipe.seed + 2, side=recipe.side, frames=recipe.frames, device=device
-    )
+    source = AnimationSource(animations, icons, seed=recipe.seed + 2, side=side, frames=recipe.frames, device=device)
     for batch in source.clips(recipe.animated):
         captions = []
         for concept, shot in zip(batch.concepts, batch.shots, strict=True):
@@ -110,7 +111,7 @@ def animated_clips(recipe: ClipSettings, icons: IconSet, device: torch.device) -
         yield batch.pixels, captions
 
 
-def still_clips(recipe: MixedClips, icons: IconSet, device: torch.device) -> Iterator[Said]:
+def still_clips(recipe: MixedClips, icons: IconSet, side: int, device: torch.device) -> Iterator[Said]:
     """`recipe.still` composed pictures, as clips of one frame."""
     rng = random.Random(recipe.seed + 3)
     concepts: list[int] = icons.concept.tolist()
@@ -121,8 +122,8 @@ def still_clips(recipe: MixedClips, icons: IconSet, device: torch.device) -> Ite
             captions.append(canonical(said(drawing, concept, rng, open_style=0.08)))
             captions.append(varied(said(drawing, concept, rng), rng))
         pixels = batch.pixels
-        if pixels.shape[-1] != recipe.side:
-            pixels = F.interpolate(pixels, size=recipe.side, mode="area")
+        if pixels.shape[-1] != side:
+            pixels = F.interpolate(pixels, size=side, mode="area")
         yield pixels[:, None], captions
 
 
@@ -161,7 +162,7 @@ class ClipPool:
         numbers = (recipe.moving, recipe.animated, recipe.still)
         self.frames = recipe.frames
         self.parts = [
-            (share, LatentClips(make(recipe, icons, device), number, vae, tokenize))
+            (share, LatentClips(make(recipe, icons, recipe.side, device), number, vae, tokenize))
             for share, make, number in zip(recipe.mix, makers, numbers, strict=True)
             if share > 0
         ]
@@ -193,10 +194,12 @@ class ClipFrames:
     """
 
     def __init__(self, recipe: ClipSettings, icons: IconSet, vae: Any, text: TextConditioner, device: torch.device):
+        """Frames have the icons' side."""
+        side = icons.pixels.shape[-1]
         tokenize, self.frames = CaptionTokens(text), recipe.frames
         kinds = ((moving_clips, recipe.moving), (animated_clips, recipe.animated))
         self.parts = [
-            LatentClips(make(recipe, icons, device), number, vae, tokenize) for make, number in kinds if number
+            LatentClips(make(recipe, icons, side, device), number, vae, tokenize) for make, number in kinds if number
         ]
 
     def draw(self, size: int) -> tuple[Tensor, Tensor]:

@@ -187,8 +187,7 @@ class LatentPool:
 
         self.frames, self.share = None, recipe.frame_share
         if self.share:
-            clips = _Clips(recipe, icons.pixels.shape[-1])
-            self.frames = ClipFrames(clips, icons, vae, text, device)
+            self.frames = ClipFrames(recipe, icons, vae, text, device)
 
     def draw(self, size: int, dropout: float) -> tuple[Tensor, Tensor]:
         """float[B, c, h, w] latents, frames of clips last, and int64[B, L] captions, a share of them empty."""
@@ -200,15 +199,6 @@ class LatentPool:
             latents, tokens = torch.cat([latents, more]), torch.cat([tokens, said_of])
         dropped = torch.rand(size, 1, device=device) < dropout
         return latents, torch.where(dropped, self.empty, tokens)
-
-
-class _Clips:
-    """A recipe's clips, of the icons' side."""
-
-    def __init__(self, recipe: DiffusionRecipe, side: int) -> None:
-        self.seed, self.side, self.frames = recipe.seed, side, recipe.frames
-        self.moving, self.animated = recipe.moving, recipe.animated
-        self.animations, self.animations_checksum = recipe.animations, recipe.animations_checksum
 
 
 class _Objective(VelocityObjective):

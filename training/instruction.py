@@ -45,7 +45,6 @@ from anygen.training.conditions import (
     load_generators,
 )
 from anygen.training.conversation_batches import Collator, Examples, packed_losses
-from anygen.training.icons import IconSet
 from anygen.training.loop import Pace, Progress, RunLog, lowering
 from anygen.training.losses import AlignmentConfig
 from anygen.training.magpie import self_answers
@@ -54,8 +53,8 @@ from anygen.training.naming import meet_names, name_embeddings, noisy, remember
 from anygen.training.packing import PackedBatches, PackedDecoder
 from anygen.training.pictures import load_icons
 from anygen.training.requests import Conversations, self_prompts
-from anygen.training.sounds import SoundBank, load_sounds
-from anygen.training.wishes import ClipWishes, ImageWishes, SoundWishes, Wishes
+from anygen.training.sounds import load_sounds
+from anygen.training.wishes import captions_of, wishes_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -358,22 +357,6 @@ def freeze_others(model: AnyGenModel, trains: Sequence[str]) -> None:
     for name, part in parts.items():
         if name not in trains:
             part.requires_grad_(False)
-
-
-def wishes_of(modalities: Sequence[str], icons: IconSet, bank: SoundBank | None) -> list[Wishes]:
-    """What can be asked for, one for each output modality; audio needs a sound bank."""
-    made: dict[str, Callable[[], Wishes]] = {
-        "image": lambda: ImageWishes(icons.concepts),
-        "video": lambda: ClipWishes(icons.concepts),
-        "audio": lambda: SoundWishes(cast(SoundBank, bank), icons.concepts),
-    }
-    return [made[modality]() for modality in modalities]
-
-
-def captions_of(wishes: Wishes, count: int, seed: int) -> list[str]:
-    """Captions of random wishes, to measure a generator's conditions by."""
-    rng = random.Random(f"{seed}/{wishes.modality}")
-    return [wishes.caption(wishes.wish(rng).content) for _ in range(count)]
 
 
 def begin_with_names(

@@ -8,9 +8,9 @@ without knowing what is drawn, filmed or heard.
 import random
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from anygen.training import sound_captions
 from anygen.training.captions import (
@@ -25,7 +25,7 @@ from anygen.training.captions import (
     varied,
     with_article,
 )
-from anygen.training.icons import SCENES, TRAINED_STYLES, Concept
+from anygen.training.icons import SCENES, TRAINED_STYLES, Concept, IconSet
 from anygen.training.motion import MOTIONS, STILL, Shot, canonical_clip, random_shot, said_of_clip, varied_clip
 from anygen.training.phrases import ASK, NOUN, PICTURE_NOUNS, TAIL, WHOLE
 from anygen.training.phrases_media import (
@@ -366,3 +366,19 @@ def _without_noun(words: str) -> str:
 def by_modality(wishes: Iterable[Wishes]) -> Mapping[str, Wishes]:
     """Modality -> its wishes, in the order given."""
     return {one.modality: one for one in wishes}
+
+
+def wishes_of(modalities: Sequence[str], icons: IconSet, bank: SoundBank | None) -> list[Wishes]:
+    """What can be asked for, one for each output modality; audio needs a sound bank."""
+    made: dict[str, Callable[[], Wishes]] = {
+        "image": lambda: ImageWishes(icons.concepts),
+        "video": lambda: ClipWishes(icons.concepts),
+        "audio": lambda: SoundWishes(cast(SoundBank, bank), icons.concepts),
+    }
+    return [made[modality]() for modality in modalities]
+
+
+def captions_of(wishes: Wishes, count: int, seed: int) -> list[str]:
+    """Captions of random wishes, to measure a generator's conditions by."""
+    rng = random.Random(f"{seed}/{wishes.modality}")
+    return [wishes.caption(wishes.wish(rng).content) for _ in range(count)]

@@ -17,7 +17,6 @@ from anygen.training.clip_pools import ClipFrames
 from anygen.training.diffusion import (
     DiffusionRecipe,
     LatentPool,
-    _Clips,
     _Objective,
     build_parts,
     build_text,
@@ -99,7 +98,7 @@ def test_frames_of_clips_stand_behind_the_pictures_of_a_batch(icons: IconSet, va
 
 def test_early_frames_come_more_often_than_late_ones(icons: IconSet, vae: Any) -> None:
     recipe = replace(TINY, moving=1, frames=4, frame_share=0.5)
-    frames = ClipFrames(_Clips(recipe, 32), icons, vae, build_text(TINY, icons), torch.device("cpu"))
+    frames = ClipFrames(recipe, icons, vae, build_text(TINY, icons), torch.device("cpu"))
     clip = frames.parts[0].latents[0].float().transpose(0, 1)  # [F, c, h, w]
     torch.manual_seed(0)
     latents, _ = frames.draw(400)

@@ -33,7 +33,7 @@ from anygen.training.sounds import SoundBank
 from anygen.training.tokenizer import train_tokenizer
 from anygen.training.video_diffusion import VideoDiffusionRecipe
 from anygen.training.video_diffusion import build_unet as build_clip_unet
-from anygen.training.wishes import ImageWishes
+from anygen.training.wishes import ImageWishes, wishes_of
 
 if TYPE_CHECKING:
     from anygen.llm import LLM
@@ -291,7 +291,7 @@ def test_plain_talk_teaches_the_route_alone(
 
 def supply(run: Path, parts: Parts, icons: IconSet, bank: SoundBank, pools: dict[str, Pool]) -> Examples:
     """Conversations of all modalities."""
-    wishes = instruction.wishes_of(list(parts["generators"]), icons, bank)
+    wishes = wishes_of(list(parts["generators"]), icons, bank)
     return Examples(Conversations(wishes, [seen for p in pools.values() for seen in p.shown], 0), load(run, parts))
 
 
@@ -413,7 +413,7 @@ def test_a_metric_measures_what_cross_attention_sees_of_each_tensor(parts: Parts
 
 def test_kept_states_are_those_of_the_plain_pass(run: Path, parts: Parts, icons: IconSet, bank: SoundBank) -> None:
     model = load(run, parts)
-    wishes = instruction.wishes_of(list(parts["generators"]), icons, bank)
+    wishes = wishes_of(list(parts["generators"]), icons, bank)
     items = alignment.contexts(Conversations(wishes, [], 0), 20, 0)
     items += [Conversations(wishes, [], 0, {"make_several": 1.0})[number] for number in range(8)]
     kept = alignment.read_states(model, items, rows=3, width=400)
@@ -440,7 +440,7 @@ def test_kept_states_are_those_of_the_plain_pass(run: Path, parts: Parts, icons:
 
 def test_contexts_ask_for_everything_by_itself_first(icons: IconSet, bank: SoundBank) -> None:
     def captions(modalities: list[str], count: int) -> set[str]:
-        items = alignment.contexts(Conversations(instruction.wishes_of(modalities, icons, bank), [], 0), count, 0)
+        items = alignment.contexts(Conversations(wishes_of(modalities, icons, bank), [], 0), count, 0)
         assert len(items) == count
         return {str(p.media) for item in items for p in item.messages[-1].parts if isinstance(p, MediaPart)}
 

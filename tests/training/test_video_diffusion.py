@@ -105,7 +105,7 @@ def test_latents_are_the_frames_posterior_means(icons: IconSet, image: StableDif
 def test_captions_say_what_the_clips_show(
     recipe: VideoDiffusionRecipe, icons: IconSet, image: StableDiffusionGenerator
 ) -> None:
-    (said,) = moving_clips(recipe, icons, torch.device("cpu"))
+    (said,) = moving_clips(recipe, icons, recipe.side, torch.device("cpu"))
     batch = next(MotionSource(icons, seed=0, side=32, frames=4).clips(12))
     assert torch.equal(said[0], batch.pixels) and len(said[1]) == 24
     for row, (concept, shot) in enumerate(zip(batch.concepts, batch.shots, strict=True)):
@@ -117,7 +117,7 @@ def test_captions_say_what_the_clips_show(
 def test_pictures_are_clips_that_stay_still(
     recipe: VideoDiffusionRecipe, icons: IconSet, image: StableDiffusionGenerator
 ) -> None:
-    clips = still_clips(replace(recipe, side=16), icons, torch.device("cpu"))
+    clips = still_clips(recipe, icons, 16, torch.device("cpu"))
     part = LatentClips(clips, 10, image.vae, CaptionTokens(image.text))
     assert part.latents.shape == (10, 4, 1, 2, 2) and part.tokens.shape == (10, 2, 24)
     torch.manual_seed(0)
