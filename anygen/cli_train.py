@@ -44,7 +44,7 @@ def evaluate(options: argparse.Namespace) -> int:
         from anygen.pipeline import AnyGenPipeline
         from anygen.training.evaluation import evaluate as measure
 
-        pipe = AnyGenPipeline.from_pretrained(options.model, device=options.device)
+        pipe = AnyGenPipeline.from_pretrained(options.model, device=options.device, dtype=options.dtype)
         result = measure(
             pipe.model,
             pipe.generators,
