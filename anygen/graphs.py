@@ -42,8 +42,10 @@ def pooled_capture(work: Callable[[], Any]) -> tuple[Callable[[], Any], Any]:
     """As `cuda_capture`, all in one pool of memory: results have to be copied before another graph is replayed."""
     device = torch.cuda.current_device()
     if device not in _pools:
-        _pools[device] = torch.cuda.graph_pool_handle()
-    return cuda_capture(work, _pools[device])
+        handle = torch.cuda.graph_pool_handle()
+        # A pool ends with its last graph, and PyTorch refuses to begin it again: one that does nothing outlives all.
+        _pools[device] = (handle, cuda_capture(lambda: torch.zeros(1, device="cuda"), handle))
+    return cuda_capture(work, _pools[device][0])
 
 
 class Graphed:
