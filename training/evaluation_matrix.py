@@ -15,6 +15,7 @@ from anygen.encoders.imagebind import ImageBindEncoder
 from anygen.encoders.imagebind_config import ImageBindConfig
 from anygen.generators.base import Generator
 from anygen.model import AnyGenModel
+from anygen.training.captions import Drawing, random_drawing
 from anygen.training.evaluation_answers import answer, as_medium, asking, by_request
 from anygen.training.evaluation_cases import held_out_requests
 from anygen.training.evaluation_media import SoundNames
@@ -27,11 +28,12 @@ from anygen.training.evaluation_media_cases import (
     things,
 )
 from anygen.training.evaluation_report import Cell, Rows
-from anygen.training.icons import IconSet
+from anygen.training.icons import SCENES, IconSet
 from anygen.training.measures import Names, NearestIcon
 from anygen.training.motion import MotionSource, Shot, is_held_out, random_shot
 from anygen.training.motion_measures import NearestThing
 from anygen.training.pictures import PictureSource
+from anygen.training.pictures import is_held_out as is_held_out_picture
 from anygen.training.sound_measures import NearestSound
 from anygen.training.sound_mixing import SoundSource
 from anygen.training.sounds import SoundBank
@@ -64,11 +66,17 @@ class Media:
         pool = self.heard if "audio" in modalities else [thing for thing in self.seen if thing.concept in self._icons]
         return self.rng.sample(pool, min(count, len(pool)))
 
-    def make(self, modality: str, chosen: Sequence[Thing]) -> list[Tensor]:
+    def make(self, modality: str, chosen: Sequence[Thing], *, alone: bool = False) -> list[Tensor]:
         """One medium of each thing: float[3, S, S], float[F, 3, S, S] or float[N] at 16 kHz.
 
         Pictures are combinations of thing, style, layout and background that no training has drawn; clips and sounds
         are such combinations where the thing has some: effects have none.
+
+        Args:
+            modality: of the media.
+            chosen: the things.
+            alone: pictures and clips show one copy before a plain colour, and are held out where the thing has such
+                combinations. An answer that copies three on a meadow is right, but `Judge` finds no thing in it.
         """
         made: list[Tensor] = []
         for first in range(0, len(chosen), 32):
@@ -81,15 +89,27 @@ class Media:
                 continue
             rows = [self.rng.choice(self._icons[thing.concept]) for thing in part]
             if modality == "video":
-                made += list(self.clips.make(rows, [self._shot(row) for row in rows]).pixels)
+                made += list(self.clips.make(rows, [self._shot(row, alone) for row in rows]).pixels)
             else:
-                made += list(self.pictures.make(rows).pixels)
+                drawings = [self._drawing(row) for row in rows] if alone else None
+                made += list(self.pictures.make(rows, drawings).pixels)
         return made
 
-    def _shot(self, icon: int) -> Shot:
+    def _shot(self, icon: int, alone: bool) -> Shot:
         concept = int(self.icons.concept[icon])
         drawn = [random_shot(self.icons.concepts[concept], self.icons.style[icon], self.rng) for _ in range(100)]
+        drawn = [shot for shot in drawn if not alone or _is_alone(shot.drawing)]
         return next((shot for shot in drawn if is_held_out(shot, concept)), drawn[0])
+
+    def _drawing(self, icon: int) -> Drawing:
+        concept = int(self.icons.concept[icon])
+        drawn = [random_drawing(self.icons.concepts[concept], self.icons.style[icon], self.rng) for _ in range(300)]
+        drawn = [drawing for drawing in drawn if _is_alone(drawing)]
+        return next((drawing for drawing in drawn if is_held_out_picture(drawing, concept)), drawn[0])
+
+
+def _is_alone(drawing: Drawing) -> bool:
+    return drawing.count == 1 and drawing.place is None and drawing.background not in SCENES
 
 
 class Judge:
@@ -103,7 +123,10 @@ class Judge:
         self.sound_names = SoundNames(bank) if bank is not None else None
 
     def medium(self, modality: str, values: Tensor | None, wanted: Thing) -> bool:
-        """Of a picture, a clip (its first frame, or one up to its middle) or a sound; None shows nothing."""
+        """Of a picture, a clip (its first frame, or one up to its middle) or a sound; None shows nothing.
+
+        Things in pictures and clips are cut out first: how large they should be nobody said.
+        """
         if values is None:
             return False
         if modality == "audio":
@@ -114,7 +137,9 @@ class Judge:
             # how it moves was not said: it may be upside down in the middle
             frames = values[[0, len(values) // 4, len(values) // 2]].cpu()
             return any(self.thing.shows(icon, wanted.concept) for icon in self.thing.find(frames))
-        return self.icon.shows(self.icon.find(values[None].cpu())[0], wanted.concept)
+        found = [self.icon.find(values[None].cpu())[0]]
+        found += self.thing.find(values[None].cpu()) if self.thing is not None else []
+        return any(self.icon.shows(icon, wanted.concept) for icon in found)
 
     def words(self, text: str, wanted: Thing) -> bool:
         """By the name of the concept or of its sound."""
@@ -139,7 +164,8 @@ def matrix(
 
     A cell's score is the share of held-out requests, each with a medium of another thing (or its name), whose answer
     holds a medium of the wanted modality that shows or sounds like the thing, or words that name it. Pairs with sounds
-    are measured on things that make one. Text to text is plain conversation.
+    are measured on things that make one. Text to text is plain conversation. What the judge says of true pictures and
+    clips, as they are given where some are made, is told beside.
 
     Args:
         rows: to which each cell is added.
@@ -152,6 +178,11 @@ def matrix(
         batch_size: cases that go through LLM and generator together.
     """
     cells = []
+    for shown in (m for m in ("image", "video") if m in generators and m in model.encoders):
+        true = Media(media.icons, media.bank, rows.seed)
+        chosen = true.choose((shown,), min(MATRIX, most))
+        hits = [judge.medium(shown, m, t) for m, t in zip(true.make(shown, chosen, alone=True), chosen, strict=True)]
+        rows.share(f"any to any: true {shown}s, by the same measure", hits)
     for given in (m for m in MODALITIES if m == "text" or m in model.encoders):
         for made in (m for m in MODALITIES if m == "text" or m in generators):
             share, cases = talk
@@ -180,7 +211,7 @@ def pair(
     if given == "text":
         conversations = [asking(rng.choice(wordings).replace("{x}", thing.name)) for thing in chosen]
     else:
-        shown = media.make(given, chosen)
+        shown = media.make(given, chosen, alone=made in ("image", "video"))
         conversations = [
             asking(rng.choice(wordings), as_medium(given, medium), medium_first=rng.random() < 0.5) for medium in shown
         ]

@@ -61,9 +61,9 @@ class PictureSource:
         for first in range(0, number, most):
             yield self.make(list(islice(turns, min(most, number - first))))
 
-    def make(self, icons: list[int]) -> PictureBatch:
-        """One picture of each icon of the list."""
-        drawings = [self._draw(icon) for icon in icons]
+    def make(self, icons: list[int], drawings: list[Drawing] | None = None) -> PictureBatch:
+        """One picture of each icon of the list, with the layouts and backgrounds given, or random ones."""
+        drawings = [self._draw(icon) for icon in icons] if drawings is None else drawings
         side = self.pixels.shape[-1]
         grounds = make_backgrounds(drawings, self.panoramas, side, self.rng, self.device)
         # Nothing here waits for the device: the next batch is drawn while it composes this one.

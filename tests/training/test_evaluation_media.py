@@ -349,6 +349,15 @@ def test_true_media_of_a_thing_are_judged_to_be_of_it(linked: IconSet, bank: Sou
     assert judge.words("a rainbow", rainbow) and not judge.words("a bark", rainbow)
 
 
+@pytest.mark.parametrize("modality", ["image", "video"])
+def test_a_thing_alone_stands_before_a_plain_colour(modality: str, linked: IconSet) -> None:
+    media, thing = Media(linked, None, 0), things(linked)[2]
+    for picture in media.make(modality, [thing] * 12, alone=True):
+        frame = picture[0] if modality == "video" else picture
+        corners = frame[:, :: frame.shape[1] - 1, :: frame.shape[2] - 1].flatten(1)
+        torch.testing.assert_close(corners, corners[:, :1].expand_as(corners), rtol=0, atol=0.02)
+
+
 # --- media ---------------------------------------------------------------------------------------------------
 
 
