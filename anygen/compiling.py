@@ -24,7 +24,7 @@ LAYER_OPTIONS: dict[str, Any] = {"coordinate_descent_tuning": True}
 neighbours (as gpt-fast has them), where cuBLAS leaves a fifth of the bandwidth."""
 BLOCK_OPTIONS: dict[str, Any] = {}
 """Of a generator's blocks; inductor's `max_autotune_gemm` tries its own products too, for minutes."""
-RECOMPILATIONS = 64
+RECOMPILATIONS = 256
 """Shapes of one block that may be compiled; a UNet has a dozen."""
 
 

@@ -45,7 +45,14 @@ def pooled_capture(work: Callable[[], Any]) -> tuple[Callable[[], Any], Any]:
         handle = torch.cuda.graph_pool_handle()
         # A pool ends with its last graph, and PyTorch refuses to begin it again: one that does nothing outlives all.
         _pools[device] = (handle, cuda_capture(lambda: torch.zeros(1, device="cuda"), handle))
-    return cuda_capture(work, _pools[device][0])
+    try:
+        return cuda_capture(work, _pools[device][0])
+    except Exception:
+        # What was begun is not ended: the pool goes on recording, and random numbers count as the graph's.
+        del _pools[device]
+        random = torch.cuda.default_generators[device]
+        random.graphsafe_set_state(random.clone_state())
+        raise
 
 
 class Graphed:
@@ -67,7 +74,7 @@ class Graphed:
     ) -> None:
         self.function, self.name, self.capture, self.copies = function, name, capture, copies
         self.active = True
-        self._known: OrderedDict[Hashable, _Graph | None] = OrderedDict()
+        self._known: OrderedDict[Hashable, _Graph] = OrderedDict()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the function returns; in training it is never captured."""
@@ -82,65 +89,76 @@ class Graphed:
             hash(key)
         except TypeError:  # a constant that cannot be compared
             return self.function(*args, **kwargs)
-        if key not in self._known:
-            made = self.function(*args, **kwargs)
-            self._remember(key, None)
-            return made
-        graph = self._known[key]
+        graph = self._known.get(key)
         if graph is None:
-            graph = self._captured(leaves, spec)
-            if graph is None:
-                return self.function(*args, **kwargs)
+            graph = _Graph(self.function, leaves, spec)
+            self._remember(key, graph)
+            return graph.plainly(leaves)
+        if graph.replay is None and not self._captured(graph, leaves):
+            return self.function(*args, **kwargs)
         self._remember(key, graph)
         return graph(leaves, copies=self.copies)
 
     def __len__(self) -> int:
         """Graphs that are kept."""
-        return sum(graph is not None for graph in self._known.values())
+        return sum(graph.replay is not None for graph in self._known.values())
 
     def clear(self) -> None:
         """Forgets all graphs; needed when weights move, as a graph knows them by their address."""
         self._known.clear()
 
-    def _remember(self, key: Hashable, graph: "_Graph | None") -> None:
+    def _remember(self, key: Hashable, graph: "_Graph") -> None:
         self._known[key] = graph
         self._known.move_to_end(key)
         while len(self._known) > MOST:
             self._known.popitem(last=False)
 
-    def _captured(self, leaves: list[Any], spec: Any) -> "_Graph | None":
+    def _captured(self, graph: "_Graph", leaves: list[Any]) -> bool:
         try:
-            return _Graph(self.function, leaves, spec, self.capture)
+            graph.record(leaves, self.capture)
+            return True
         except (RuntimeError, torch.OutOfMemoryError) as error:
             self.active = False
             self.clear()
             reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
             logger.warning("%s runs without a CUDA graph: %s", self.name, reason)
-            return None
+            return False
 
 
 class _Graph:
-    """One shape's."""
+    """One shape's: inputs of its own, and, once it is recorded, what repeats the work on them."""
 
-    def __init__(self, function: Callable[..., Any], leaves: list[Any], spec: Any, capture: Capture) -> None:
+    def __init__(self, function: Callable[..., Any], leaves: list[Any], spec: Any) -> None:
         with torch.inference_mode(False):  # so that it may be written to in any mode
             self.inputs = [torch.empty_like(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        for own, given in zip(self.inputs, leaves, strict=True):
-            if isinstance(own, Tensor):
-                own.copy_(given)
         args, kwargs = (self.inputs, {}) if spec is None else tree_unflatten(self.inputs, spec)
-        self.replay, self.made = capture(lambda: function(*args, **kwargs))
+        self.work = lambda: function(*args, **kwargs)
+        self.replay: Callable[[], Any] | None = None
+
+    def plainly(self, leaves: list[Any]) -> Any:
+        """On the tensors that will be recorded: to a compiler they are other ones than the caller's."""
+        self._fill(leaves)
+        return self.work()
+
+    def record(self, leaves: list[Any], capture: Capture) -> None:
+        """Records the work, without doing it."""
+        self._fill(leaves)
+        self.replay, self.made = capture(self.work)
         self.outputs, self.spec = tree_flatten(self.made)
 
     def __call__(self, leaves: list[Any], *, copies: bool) -> Any:
-        for own, given in zip(self.inputs, leaves, strict=True):
-            if isinstance(own, Tensor):
-                own.copy_(given, non_blocking=True)
+        assert self.replay is not None
+        self._fill(leaves)
         self.replay()
         if not copies:
             return self.made
         outputs = [made.clone() if isinstance(made, Tensor) else made for made in self.outputs]
         return tree_unflatten(outputs, self.spec)
+
+    def _fill(self, leaves: list[Any]) -> None:
+        for own, given in zip(self.inputs, leaves, strict=True):
+            if isinstance(own, Tensor):
+                own.copy_(given, non_blocking=True)
 
 
 def _described(leaf: Any) -> Hashable:
