@@ -29,6 +29,23 @@ def test_each_shape_is_captured_at_its_second_call_and_results_are_the_functions
 
 
 @torch.inference_mode()
+def test_the_first_call_runs_on_the_tensors_that_are_captured(emulate: type) -> None:
+    """Otherwise compiled code, which tells inference tensors from others, would be made anew during the capture."""
+    seen: list[tuple[int, bool]] = []
+
+    def doubled(values: Tensor) -> Tensor:
+        seen.append((values.data_ptr(), values.is_inference()))
+        return 2 * values
+
+    fast = Graphed(doubled, "it", capture=emulate())
+    for number in range(3):
+        values = torch.full((2,), float(number))
+        assert values.is_inference()
+        torch.testing.assert_close(fast(values), 2 * values)
+    assert len(seen) > 1 and len(set(seen)) == 1 and not seen[0][1]
+
+
+@torch.inference_mode()
 def test_another_constant_is_another_graph_and_few_are_kept(emulate: type, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "MOST", 2)
     capture = emulate()

@@ -51,6 +51,20 @@ def test_a_chat_through_graphs_says_the_same(anything_directory: Path) -> None:
         assert fast.send(prompt).text == plain.send(prompt).text
 
 
+@torch.inference_mode()
+def test_after_a_capture_that_failed_others_are_captured_and_chance_goes_on() -> None:
+    values = torch.arange(3.0, device="cuda")
+    looks = Graphed(lambda given: given * given.sum().item(), "one that looks at values")
+    for _ in range(3):
+        torch.testing.assert_close(looks(values), 3 * values)
+    assert not looks.active
+    assert torch.nn.Linear(4, 4, device="cuda").weight.abs().sum() > 0
+    doubles = Graphed(lambda given: 2 * given, "another")
+    for _ in range(3):
+        torch.testing.assert_close(doubles(values), 2 * values)
+    assert doubles.active and len(doubles) == 1
+
+
 @pytest.mark.parametrize("modality", ["video", "audio"])
 def test_generators_are_captured_and_make_the_same(modality: str, tiny_zeroscope: Any, tiny_audioldm2: Any) -> None:
     make = tiny_zeroscope if modality == "video" else tiny_audioldm2

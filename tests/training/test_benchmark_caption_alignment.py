@@ -65,7 +65,7 @@ def test_memory_that_does_not_suffice_makes_steps_smaller(script: Any, monkeypat
 
 def test_bad_use_is_refused(script: Any, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, told in (
-        (["--only", "speed,all"], "--only is of speed, large, gradients, lora; got 'all'"),
+        (["--only", "speed,all"], "--only is of speed, large, gradients, lora, trained; got 'all'"),
         (["--device", "cpu"], "a 7B-shaped LLM needs a GPU; --tiny runs on a CPU"),
         (["--captions", "1"], "--captions at least 2"),
     ):
