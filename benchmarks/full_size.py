@@ -64,6 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--compile", choices=("off", "blocks", "whole"), default="off", help="default: %(default)s")
     parser.add_argument("--untuned", action="store_true", help="compiles the LLM's layers without tuning products")
     parser.add_argument("--tune-blocks", action="store_true", help="tunes products of generators; takes minutes")
+    for what in ("layer", "block"):
+        parser.add_argument(
+            f"--{what}-options", type=json.loads, metavar="JSON", help=f"more of inductor's options for a {what}"
+        )
     parser.add_argument("--cudnn-benchmark", action="store_true", help="lets cuDNN try its convolutions")
     parser.add_argument("--no-graphs", action="store_true", help="no CUDA graphs")
     parser.add_argument("--tiny", action="store_true", help="the same classes, small")
@@ -82,6 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         compiling.LAYER_OPTIONS = {}
     if options.tune_blocks:
         compiling.BLOCK_OPTIONS = {"max_autotune_gemm": True, "coordinate_descent_tuning": True}
+    compiling.LAYER_OPTIONS = compiling.LAYER_OPTIONS | (options.layer_options or {})
+    compiling.BLOCK_OPTIONS = compiling.BLOCK_OPTIONS | (options.block_options or {})
     torch.backends.cudnn.benchmark = options.cudnn_benchmark
     device = choose_device(options.device)
     with tempfile.TemporaryDirectory() as folder:
