@@ -167,7 +167,7 @@ def _add_eval(commands: Any) -> None:
     command = _command(commands, "eval", "measures a model and prints one table", "anygen.cli_train:evaluate")
     command.add_argument("suite", metavar="SUITE", help="mini")
     _add_model(command)
-    command.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16; by default as in Python")
+    command.add_argument("--dtype", metavar="NAME", help="by default bfloat16 on CUDA, float32 elsewhere")
     command.add_argument("--data", metavar="DIR", default="data/icons", help="the icon set (default: %(default)s)")
     command.add_argument(
         "--only",

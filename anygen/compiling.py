@@ -25,7 +25,7 @@ neighbours (as gpt-fast has them), where cuBLAS leaves a fifth of the bandwidth.
 BLOCK_OPTIONS: dict[str, Any] = {}
 """Of a generator's blocks; inductor's `max_autotune_gemm` tries its own products too, for minutes."""
 RECOMPILATIONS = 256
-"""Shapes of one block that may be compiled; a UNet has a dozen."""
+"""Shapes of one block that may be compiled: a UNet has a dozen, but UNets, VAEs and batch sizes add up."""
 
 
 def keep_compiled() -> None:

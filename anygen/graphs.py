@@ -1,8 +1,9 @@
 """CUDA graphs of functions, one for each shape: what the host launches kernel by kernel is replayed as a whole.
 
 At batch 1 a 7B LLM and most UNets wait for the host, not for the GPU; a graph takes the host out without compiling
-anything. The first call of a shape runs plainly, which warms up whatever has to be; the second is captured, so that a
-shape that never comes again costs nothing. Where a capture fails, one line is logged and the function stays plain.
+anything. The first call of a shape runs plainly, on the tensors of a graph to be, which warms up whatever has to be;
+the second is captured, so that a shape that never comes again costs next to nothing. Where a capture fails, one line is
+logged and the function stays plain.
 
 Source: Gray, "Getting Started with CUDA Graphs" (NVIDIA, 2019); `torch.cuda.graph`.
 """

@@ -125,7 +125,8 @@ class Judge:
     def medium(self, modality: str, values: Tensor | None, wanted: Thing) -> bool:
         """Of a picture, a clip (its first frame, or one up to its middle) or a sound; None shows nothing.
 
-        Things in pictures and clips are cut out first: how large they should be nobody said.
+        Things in clips are cut out first, those in pictures looked at as they are and cut out: how large they should be
+        nobody said.
         """
         if values is None:
             return False
