@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from anygen.environment import home
 from anygen.errors import ConfigError
@@ -56,6 +57,38 @@ def _settings(options: dict[str, Any]) -> dict[str, Any]:
     return {"backend": BACKEND, "dynamic": False, "options": chosen}
 
 
+@torch.library.custom_op("anygen::kept", mutates_args=())
+def kept(values: Tensor) -> Tensor:
+    """The values, computed once. Inductor computes what a product of one row reads anew for each of its outputs: of
+    activations with an exponential in them that takes longer than reading the weights."""
+    return values.clone()
+
+
+@kept.register_fake
+def _(values: Tensor) -> Tensor:
+    return torch.empty_like(values)
+
+
+def _teach_inductor() -> None:
+    """To inductor `kept` copies nothing."""
+    from torch._inductor import lowering
+
+    if torch.ops.anygen.kept.default not in lowering.lowerings:
+        lowering.register_lowering(torch.ops.anygen.kept.default, type_promotion_kind=None)(_realised)
+
+
+def _realised(values: Any) -> Any:
+    values.realize()
+    return values
+
+
+class _KeptLinear(nn.Linear):
+    """A product of what is computed once."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(kept(input), self.weight, self.bias)
+
+
 class LayerColumns:
     """What one decoder layer sees of a static cache. It knows no layer's number, so that all layers are the same code.
 
@@ -80,7 +113,8 @@ class CompiledLayers:
     """The layers of a decoder, compiled as one; a call gives the context in which they are.
 
     Args:
-        decoder: with a list `layers` of modules of one class.
+        decoder: with a list `layers` of modules of one class; what is called once a step, `norm` and `rotary_emb`, is
+            compiled where it is there.
         cache_name: the argument that takes a layer's cache.
         compiler: in place of `compiled`.
 
@@ -101,8 +135,15 @@ class CompiledLayers:
             kwargs[cache_name] = columns
             return plain(layer, *args, **kwargs)
 
+        _teach_inductor()
         self._forward = (compiler or compiled)(forward, **LAYER_OPTIONS)
-        self._numbered = [m for layer in self.layers for m in layer.modules() if isinstance(_number(m), int)]
+        inner = [module for layer in self.layers for module in layer.modules()]
+        self._numbered = [module for module in inner if isinstance(_number(module), int)]
+        self._kept = [m for m in inner if type(m) is nn.Linear and m.in_features > m.out_features]
+        around = [getattr(decoder, name, None) for name in ("norm", "rotary_emb")]
+        self._around = [
+            (module, (compiler or compiled)(module.forward)) for module in around if isinstance(module, nn.Module)
+        ]
 
     @contextmanager
     def __call__(self, cache: Any) -> Iterator[None]:
@@ -111,14 +152,20 @@ class CompiledLayers:
         try:
             for module in self._numbered:
                 module.__dict__["layer_idx"] = 0  # a number of its own would be code of its own
+            for module in self._kept:
+                module.__class__ = _KeptLinear
+            for module, forward in self._around:
+                module.forward = forward  # type: ignore[method-assign]
             for layer, static in zip(self.layers, cache.layers, strict=True):
                 layer.forward = self._bound(layer, LayerColumns(static))  # type: ignore[method-assign]
             yield
         finally:
             for module, number in zip(self._numbered, numbers, strict=True):
                 module.__dict__["layer_idx"] = number
-            for layer in self.layers:
-                layer.__dict__.pop("forward", None)
+            for module in self._kept:
+                module.__class__ = nn.Linear
+            for module in (*self.layers, *(module for module, _ in self._around)):
+                module.__dict__.pop("forward", None)
 
     def _bound(self, layer: nn.Module, columns: LayerColumns) -> Callable[..., Any]:
         return lambda *args, **kwargs: self._forward(layer, columns, *args, **kwargs)

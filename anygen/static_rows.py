@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import StaticCache, StaticLayer
 
+from anygen import compiling
 from anygen.graphs import Capture, Graphed, cuda_capture
 from anygen.prompts import pad
 from anygen.rows import Kept, common_prefix, heads, without_gradients
@@ -98,6 +99,9 @@ class StaticMemory:
             self.columns = torch.arange(capacity, device=device)
         self.used = 0
         """`filled`, as the host knows it."""
+        self.heads, self.placed = heads, placed
+        if region is not None:
+            self.heads, self.placed = compiling.compiled(heads), compiling.compiled(placed)
         self._told: dict[int, tuple[Tensor, Tensor]] = {}
         """q -> the tokens of a step, on the host and on the device."""
         self.step: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]] = self._step
@@ -128,28 +132,23 @@ class StaticMemory:
             own.values[:, :, : other.capacity].copy_(layer.values)
         self.keys = list(other.keys)
 
-    def run(self, embeds: Tensor, real: Tensor, *, fresh: bool = False) -> Tensor:
+    def run(self, embeds: Tensor, real: Tensor, *, fresh: bool = False, stepping: bool = False) -> Tensor:
         """Puts tokens into the next columns.
 
         Args:
             embeds: float[B, q, D], right aligned.
             real: bool[B, q], false where a row is padded.
             fresh: whether there is neither padding nor anything before, so that no mask is needed.
+            stepping: whether it is a step, whose parts may be compiled, and not a prompt of any length.
 
         Returns:
             float[B, q, D].
         """
         count = embeds.shape[1]
-        columns = self.place.columns = self.filled + torch.arange(count, device=embeds.device)
-        self.seen.index_copy_(1, columns, real)
-        places = self.next.unsqueeze(1) + (real.long().cumsum(1) - 1).clamp(min=0)
-        mask = None
-        if not fresh:
-            earlier = (self.columns <= columns.unsqueeze(1)) & self.seen.unsqueeze(1)  # [B, q, N]
-            # a padded token sees itself, as nothing to see would make it NaN on some devices
-            seen = (earlier | (self.columns == columns.unsqueeze(1))).unsqueeze(1)
-            # added to the scores as it is; of a mask of truth values every layer would make this anew
-            mask = torch.zeros_like(seen, dtype=embeds.dtype).masked_fill_(~seen, -torch.inf)
+        place = self.placed if stepping else placed
+        self.place.columns, places, mask = place(self.filled, self.next, self.columns, self.seen, real, embeds.dtype)
+        if fresh:
+            mask = None
         hidden, _ = self.model.llm.hidden_states(embeds, attention_mask=mask, position_ids=places, cache=self.cache)
         self.next += real.sum(1)
         self.filled += count
@@ -174,12 +173,38 @@ class StaticMemory:
         """long[B, q], -1 for padding -> states float[B, q, D], logits float32[B, V], scores float32[B, 2 + R]."""
         embeds = self.model.signal_tokens.embed(tokens, self.model.llm.embedding)
         with self.view(), self.region(self.cache) if self.region is not None else nullcontext():
-            hidden = self.run(embeds, tokens >= 0)
-            return hidden, *heads(self.model, hidden[:, -1])
+            hidden = self.run(embeds, tokens >= 0, stepping=True)
+            return hidden, *self.heads(self.model, hidden[:, -1])
 
     def view(self) -> AbstractContextManager[None]:
         """With or without the adapter."""
         return nullcontext() if self.adapted else self.model.llm.adapter_off()
+
+
+def placed(
+    filled: Tensor, following: Tensor, columns: Tensor, seen: Tensor, real: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Where a step's tokens go and what they see.
+
+    Args:
+        filled: long[], columns that hold something.
+        following: long[B], each row's next position.
+        columns: long[N], 0 to N - 1.
+        seen: bool[B, N], columns that are not padding; marked for the step.
+        real: bool[B, q], false where a row is padded.
+        dtype: of the mask.
+
+    Returns:
+        columns long[q], positions long[B, q], mask float[B, 1, q, N], added to scores.
+    """
+    own = filled + torch.arange(real.shape[1], device=real.device)
+    seen.index_copy_(1, own, real)
+    places = following.unsqueeze(1) + (real.long().cumsum(1) - 1).clamp(min=0)
+    earlier = (columns <= own.unsqueeze(1)) & seen.unsqueeze(1)  # [B, q, N]
+    # a padded token sees itself, as nothing to see would make it NaN on some devices
+    visible = (earlier | (columns == own.unsqueeze(1))).unsqueeze(1)
+    # added to the scores as it is; of a mask of truth values every layer would make this anew
+    return own, places, torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, -torch.inf)
 
 
 class StaticRows:

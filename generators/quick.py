@@ -15,6 +15,7 @@ from torch import nn
 
 from anygen import compiling
 from anygen.errors import ConfigError
+from anygen.generators import group_norm, short_attention
 from anygen.graphs import Capture, Graphed, pooled_capture
 
 Compile = Literal["blocks", "whole"]
@@ -22,6 +23,7 @@ BLOCKS = frozenset(
     {
         "Attention",
         "BasicTransformerBlock",
+        "ChannelwiseGroupNorm",
         "Downsample2D",
         "HifiGanResidualBlock",
         "ResnetBlock2D",
@@ -54,8 +56,8 @@ class Quick:
         models: name -> a model of diffusers or transformers; each is called as a whole.
         graphs: captures each model's calls, shape by shape.
         compile: "blocks" compiles what repeats, "whole" each model at once: longer, and a little faster.
-        layout: puts weights of convolutions into channels-last order. Only compiled code gains: the normalisation in
-            between is otherwise computed, and left, in the usual order.
+        layout: puts weights of convolutions into channels-last order, and reads normalisations in between channel by
+            channel. Only compiled code gains: uncompiled, they are computed, and left, in the usual order.
         capture: how graphs are captured.
     """
 
@@ -76,11 +78,14 @@ class Quick:
             forward: Any = model.forward
             if compile is not None:
                 fuse(model)
-                if compile == "whole":
-                    forward = compiling.compiled(forward, **compiling.BLOCK_OPTIONS)
-                else:
-                    for block in outermost(model):
-                        compiling.compile_in_place(block)
+                if layout:
+                    group_norm.adopt(model)
+            short_attention.adopt(model)
+            if compile == "whole":
+                forward = compiling.compiled(forward, **compiling.BLOCK_OPTIONS)
+            elif compile == "blocks":
+                for block in outermost(model):
+                    compiling.compile_in_place(block)
             if graphs:
                 forward = Graphed(forward, f"the {name}", capture=capture)
                 self.graphs.append(forward)
@@ -95,7 +100,9 @@ class Quick:
                 model.__dict__.pop(name, None)
             for block in model.modules():
                 block._compiled_call_impl = None
+            short_attention.release(model)
             unfuse(model)
+            group_norm.release(model)
         self.graphs.clear()
 
 

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -54,3 +55,29 @@ def test_a_decoder_without_layers_of_one_kind_is_refused() -> None:
     decoder.layers = nn.ModuleList([nn.Linear(1, 1), nn.ReLU()])
     with pytest.raises(ConfigError, match="no list of layers of one kind"):
         CompiledLayers(decoder, "cache")
+
+
+def test_what_narrows_is_computed_once_and_inductor_copies_nothing_for_it() -> None:
+    layer = nn.Module()
+    layer.up, layer.down, layer.square = nn.Linear(4, 8), nn.Linear(8, 4), nn.Linear(4, 4)
+    decoder = nn.Module()
+    decoder.layers = nn.ModuleList([layer])
+    layers = CompiledLayers(decoder, "cache", compiler=lambda function, **_: function)
+    values = torch.randn(1, 8)
+    wanted = layer.down(values)
+    with layers(SimpleNamespace(layers=[SimpleNamespace(place=None, keys=values, values=values)])):
+        kinds = [type(module).__name__ for module in (layer.up, layer.down, layer.square)]
+        torch.testing.assert_close(layer.down(values), wanted, rtol=0, atol=0)
+    assert kinds == ["Linear", "_KeptLinear", "Linear"] and type(layer.down) is nn.Linear
+    torch.library.opcheck(torch.ops.anygen.kept.default, (values,))
+    from torch._inductor import lowering
+
+    class Box:
+        realized = False
+
+        def realize(self) -> None:
+            self.realized = True
+
+    box = Box()
+    assert compiling._realised(box) is box and box.realized
+    assert torch.ops.anygen.kept.default in lowering.lowerings

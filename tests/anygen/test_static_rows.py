@@ -233,7 +233,8 @@ def test_compiled_layers_are_one_code_and_say_the_same(
     given, media = prompts(talker)
     config = DecodingConfig(max_new_tokens=16)
     wanted = collect(decode(talker, given, media=media, config=config), len(given))
-    layers = CompiledLayers(talker.llm.base.get_decoder(), talker.llm.cache_name)  # type: ignore[arg-type]
+    decoder: Any = talker.llm.base.get_decoder()
+    layers = CompiledLayers(decoder, talker.llm.cache_name)  # type: ignore[arg-type]
     capture = fast(talker, region=layers)
     made = collect(decode(talker, given, media=media, config=config), len(given))
     for ours, theirs in zip(made, wanted, strict=True):
@@ -241,8 +242,11 @@ def test_compiled_layers_are_one_code_and_say_the_same(
     assert capture.replays > 10
     assert [layer.self_attn.layer_idx for layer in layers.layers] == [0, 1]  # type: ignore[union-attr]
     assert not any("forward" in vars(layer) for layer in layers.layers)
-    shapes = {tuple(shape) for shape in counter.shapes}
-    assert len(counter.shapes) <= 2 * len(shapes)  # with and without the adapter, but not for each layer
+    assert not any("forward" in vars(module) for module in decoder.children())
+    assert {type(layer.mlp.down_proj.base_layer) for layer in layers.layers} == {torch.nn.Linear}  # type: ignore[union-attr]
+    shapes = {shape for shape in counter.shapes if shape}
+    layered = [shape for shape in counter.shapes if shape]
+    assert len(layered) <= 3 * len(shapes)  # with and without the adapter, and the norm, but not for each layer
 
 
 class Counter:
