@@ -23,37 +23,47 @@ MOST = 8
 """Graphs that one function keeps; the one whose last use is longest ago goes first."""
 Capture = Callable[[Callable[[], Any]], tuple[Callable[[], Any], Any]]
 """Takes work on fixed tensors; returns what repeats it, and the tensors that a repetition writes to."""
-_pools: dict[int, Any] = {}
 
 
-def cuda_capture(work: Callable[[], Any], pool: Any = None) -> tuple[Callable[[], Any], Any]:
+def cuda_capture(work: Callable[[], Any], pool: Any = None, stream: Any = None) -> tuple[Callable[[], Any], Any]:
     """`work` as a CUDA graph.
 
     Args:
         work: on tensors that stay where they are; launched already at least once.
         pool: memory that several graphs share; each gets its own by default.
+        stream: to capture on; libraries keep a workspace for each, which graphs that are replayed at once must not
+            share. One for all by default.
     """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
         made = work()
     return graph.replay, made
 
 
-def pooled_capture(work: Callable[[], Any]) -> tuple[Callable[[], Any], Any]:
-    """As `cuda_capture`, all in one pool of memory: results have to be copied before another graph is replayed."""
-    device = torch.cuda.current_device()
-    if device not in _pools:
-        handle = torch.cuda.graph_pool_handle()
-        # A pool ends with its last graph, and PyTorch refuses to begin it again: one that does nothing outlives all.
-        _pools[device] = (handle, cuda_capture(lambda: torch.zeros(1, device="cuda"), handle))
-    try:
-        return cuda_capture(work, _pools[device][0])
-    except Exception:
-        # What was begun is not ended: the pool goes on recording, and random numbers count as the graph's.
-        del _pools[device]
-        random = torch.cuda.default_generators[device]
-        random.graphsafe_set_state(random.clone_state())
-        raise
+class PooledCapture:
+    """Captures in one pool of memory, for graphs of which one is replayed at a time, and results are copied before the
+    next is. Others may be replayed meanwhile: they share neither memory nor workspaces."""
+
+    def __init__(self) -> None:
+        self._pools: dict[int, Any] = {}
+
+    def __call__(self, work: Callable[[], Any]) -> tuple[Callable[[], Any], Any]:
+        """As `cuda_capture`."""
+        device = torch.cuda.current_device()
+        if device not in self._pools:
+            handle, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+            # A pool ends with its last graph, and PyTorch refuses to begin it again: one that does nothing outlives all
+            anchor = cuda_capture(lambda: torch.zeros(1, device="cuda"), handle, stream)
+            self._pools[device] = (handle, stream, anchor)
+        handle, stream, _ = self._pools[device]
+        try:
+            return cuda_capture(work, handle, stream)
+        except Exception:
+            # What was begun is not ended: the pool goes on recording, and random numbers count as the graph's.
+            del self._pools[device]
+            random = torch.cuda.default_generators[device]
+            random.graphsafe_set_state(random.clone_state())
+            raise
 
 
 class Graphed:
@@ -63,7 +73,7 @@ class Graphed:
         function: any arguments and results of tensors in lists, tuples, dicts; other values are taken as constant. It
             may change tensors of its own in place, but must not look at a tensor's values on the host.
         name: what messages call it.
-        capture: how.
+        capture: how; by default in a pool of its own.
         copies: whether results are copied out of the graph's memory; without, the next call overwrites them.
 
     Attributes:
@@ -71,9 +81,10 @@ class Graphed:
     """
 
     def __init__(
-        self, function: Callable[..., Any], name: str, *, capture: Capture = pooled_capture, copies: bool = True
+        self, function: Callable[..., Any], name: str, *, capture: Capture | None = None, copies: bool = True
     ) -> None:
-        self.function, self.name, self.capture, self.copies = function, name, capture, copies
+        self.function, self.name, self.copies = function, name, copies
+        self.capture = capture or PooledCapture()
         self.active = True
         self._known: OrderedDict[Hashable, _Graph] = OrderedDict()
 

@@ -8,10 +8,11 @@ messages ─ encoders ─ LLM ─ output projectors ─► plan ─ generators �
 `pipe(x)` is `render(plan(x))`; `stream(x)` does the same event by event.
 """
 
+import logging
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from collections.abc import Generator as PythonGenerator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast, overload
@@ -21,7 +22,7 @@ import torch
 from anygen.answering import answer_stepwise
 from anygen.assembling import assemble
 from anygen.decoding import Kept, check_fits
-from anygen.errors import ConfigError, ModalityError
+from anygen.errors import ConfigError, ModalityError, OutOfMemoryError
 from anygen.generators.base import Generator
 from anygen.loading import memory
 from anygen.media import MediaLimits
@@ -40,13 +41,18 @@ from anygen.planning import (
     seeds_of,
 )
 from anygen.progress import quiet_libraries
-from anygen.rendering import make_all, make_stepwise
+from anygen.rendering import make_all, make_stepwise, make_together
 from anygen.reply import MadePart, PlannedPart, Reply
 from anygen.streaming import Event
+from anygen.together import MOST, Lanes
 
 if TYPE_CHECKING:
     from anygen.chat import Chat
     from anygen.model_info import ModelInfo
+
+logger = logging.getLogger(__name__)
+Job = tuple[Sequence[PlannedPart], Sequence[int]]
+"""Parts of one modality, and their seeds."""
 
 
 class AnyGenPipeline:
@@ -78,6 +84,9 @@ class AnyGenPipeline:
         self.limits = MediaLimits()
         self.allow_urls = False
         self.memory_plan: MemoryPlan | None = None
+        self.together = True
+        """On a GPU, whether generators of one answer take turns (`anygen.together`); ends where memory does not do."""
+        self._lanes = Lanes(model.device)
 
     @classmethod
     def from_pretrained(
@@ -345,18 +354,21 @@ class AnyGenPipeline:
             plans = [replace(p, seed=s) for p, s in zip(plans, seeds_of(seed, len(plans)), strict=True)]
         clock = Clock()
         content = [list(p.content) for p in plans]
-        for modality, places in places_of(plans).items():
-            made = self._make(
-                modality,
-                [cast(PlannedPart, content[row][column]) for row, column, _ in places],
-                [number for _, _, number in places],
-                batch_size=batch_size,
-                progress=progress,
-                steps=steps,
-                guidance_scale=guidance_scale,
-                seconds=seconds,
-            )
-            for (row, column, _), part in zip(places, made, strict=True):
+        places = places_of(plans)
+        jobs = {
+            modality: ([cast(PlannedPart, content[row][column]) for row, column, _ in own], [s for _, _, s in own])
+            for modality, own in places.items()
+        }
+        made = self._make(
+            jobs,
+            batch_size=batch_size,
+            progress=progress,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            seconds=seconds,
+        )
+        for modality, own in places.items():
+            for (row, column, _), part in zip(own, made[modality], strict=True):
                 content[row][column] = part
         clock.lap("generators")
         options = asked_for(steps=steps, guidance_scale=guidance_scale, seconds=seconds)
@@ -443,8 +455,32 @@ class AnyGenPipeline:
         self._check_generator(modality)
         return self.generators.using(modality)
 
+    def _make(self, jobs: Mapping[str, Job], **options: Any) -> dict[str, list[MadePart]]:
+        if self.together and self._may_overlap(jobs):
+            try:
+                return self._make_together(jobs, **options)
+            except OutOfMemoryError as error:
+                logger.info("media are made one after the other from now on: %s", error)
+                self.together = False
+        return {modality: self._make_one(modality, *job, **options) for modality, job in jobs.items()}
+
+    def _may_overlap(self, jobs: Mapping[str, Job]) -> bool:
+        """Whether there are several modalities, few media of each, and generators that stay where they are."""
+        if len(jobs) < 2 or self.device.type != "cuda" or max(len(parts) for parts, _ in jobs.values()) > MOST:
+            return False
+        return self.generators.offload in ("auto", "resident")
+
+    def _make_together(self, jobs: Mapping[str, Job], **options: Any) -> dict[str, list[MadePart]]:
+        with ExitStack() as stack:
+            generators = {modality: stack.enter_context(self._using(modality)) for modality in jobs}
+            if not all(generator.overlaps for generator in generators.values()):
+                return {m: make_all(generators[m], *job, device=self.device, **options) for m, job in jobs.items()}
+            if self._lanes.device != self.device:
+                self._lanes = Lanes(self.device)
+            return make_together(generators, jobs, self._lanes, device=self.device, **options)
+
     # A generator is put away as soon as these functions, which alone refer to it, are done.
-    def _make(
+    def _make_one(
         self, modality: str, parts: Sequence[PlannedPart], seeds: Sequence[int], **options: Any
     ) -> list[MadePart]:
         with self._using(modality) as generator:

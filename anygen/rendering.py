@@ -4,7 +4,7 @@ Shapes: M parts of one modality.
 """
 
 from collections.abc import Generator as PythonGenerator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -17,8 +17,9 @@ from anygen.media import Media
 from anygen.planning import asked_for, chunks
 from anygen.progress import progress_bars
 from anygen.reply import MadePart, PlannedPart
-from anygen.stepwise import StepCallback
+from anygen.stepwise import StepCallback, Steps
 from anygen.streaming import Event, MediaDone, MediaStep
+from anygen.together import Lanes, in_turns, scaled
 
 TIMED = ("video", "audio")
 """Modalities whose media have a length."""
@@ -59,6 +60,56 @@ def make_all(
                 bars.update(task, completed=number * total + done, total=len(batches) * total)
 
             media += make(generator, parts[batch], seeds[batch], on_step, device=device, **options)
+    return _made(parts, media, seeds)
+
+
+def make_together(
+    generators: Mapping[str, Generator],
+    jobs: Mapping[str, tuple[Sequence[PlannedPart], Sequence[int]]],
+    lanes: Lanes,
+    *,
+    device: torch.device,
+    batch_size: int,
+    progress: bool | None,
+    **options: Any,
+) -> dict[str, list[MadePart]]:
+    """As `make_all`, for several modalities at once.
+
+    Args:
+        generators: modality -> its generator, which `overlaps`.
+        jobs: modality -> parts and seeds.
+        lanes: where the steps of each are launched.
+        device, batch_size, progress, **options: as for `make_all`, which tells the errors, too.
+    """
+    with progress_bars(shown=progress) as bars:
+        tasks = {m: bars.add_task(f"{m} × {len(parts)}", total=None) for m, (parts, _) in jobs.items()}
+        works = {
+            m: _in_steps(generators[m], *job, device=device, batch_size=batch_size, **options)
+            for m, job in jobs.items()
+        }
+        with lanes.joined(*works) as lane:
+            return in_turns(works, lane, lambda m, done, total: bars.update(tasks[m], completed=done, total=total))
+
+
+def _in_steps(
+    generator: Generator,
+    parts: Sequence[PlannedPart],
+    seeds: Sequence[int],
+    *,
+    device: torch.device,
+    batch_size: int,
+    **options: Any,
+) -> Steps[list[MadePart]]:
+    media: list[Media] = []
+    batches = chunks(len(parts), batch_size)
+    for number, batch in enumerate(batches):
+        condition, asked = _prepared(generator, parts[batch], device, options)
+        with memory(), closing(generator.generate_stepwise(condition, seeds=seeds[batch], **asked)) as steps:
+            media += yield from scaled(steps, number, len(batches))
+    return _made(parts, media, seeds)
+
+
+def _made(parts: Sequence[PlannedPart], media: Sequence[Media], seeds: Sequence[int]) -> list[MadePart]:
     return [
         MadePart(part.modality, value, part.caption, seed)
         for part, value, seed in zip(parts, media, seeds, strict=True)

@@ -8,8 +8,8 @@
 | `compile="whole"` | the same | and each model compiled at once: minutes when a machine does it first |
 
 All of them answer alike: in float32 the tests hold them to the same tokens and to equal media; in bfloat16 sums round
-otherwise, as they do from one GPU to another. The parts of one answer are made one after the other, on one stream: a
-clip's UNet keeps a GPU busy by itself, so what runs beside it slows it by what it gains, and both have to fit.
+otherwise, as they do from one GPU to another. The generators of one answer take turns, each on a stream of its own
+(`anygen.together`).
 """
 
 import logging

@@ -70,6 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     parser.add_argument("--cudnn-benchmark", action="store_true", help="lets cuDNN try its convolutions")
     parser.add_argument("--no-graphs", action="store_true", help="no CUDA graphs")
+    parser.add_argument("--apart", action="store_true", help="generators one after the other, on one stream")
     parser.add_argument("--tiny", action="store_true", help="the same classes, small")
     parser.add_argument("--quick", action="store_true", help="fewer repeats")
     parser.add_argument("--encoder", action="store_true", help="with ImageBind-Huge; the request holds a picture")
@@ -98,6 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             Speed(graphs=device.type == "cuda" and not options.no_graphs, compile=_compile(options.compile)),
             repeats=1 if options.quick else 3,
             reads=options.encoder,
+            together=not options.apart,
         )
         rows: list[Row] = []
         for row in bench.rows(only, options.budget):
@@ -136,12 +138,22 @@ class Bench:
         speed: the fast side's way.
         repeats: of each measurement; the median counts.
         reads: whether a picture is read, by ImageBind-Huge.
+        together: whether generators take turns.
     """
 
     def __init__(
-        self, size: Size, folder: Path, device: torch.device, speed: Speed, *, repeats: int, reads: bool = False
+        self,
+        size: Size,
+        folder: Path,
+        device: torch.device,
+        speed: Speed,
+        *,
+        repeats: int,
+        reads: bool = False,
+        together: bool = True,
     ) -> None:
         self.size, self.folder, self.device, self.speed, self.repeats = size, folder, device, speed, repeats
+        self.together = together
         self.dtype = choose_dtype(None, device)
         begin = time.perf_counter()
         self.model = build(size, folder, device, self.dtype, reads=reads)
@@ -169,7 +181,9 @@ class Bench:
             offload="resident",
             prepare=self.speed.apply,
         )
-        return AnyGenPipeline(self.model, generators)
+        pipe = AnyGenPipeline(self.model, generators)
+        pipe.together = self.together
+        return pipe
 
     def rows(self, only: Sequence[str], budget: float) -> Iterator[Row]:
         """The table, part by part; what would begin after the budget is said and left out."""

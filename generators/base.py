@@ -20,6 +20,9 @@ class Generator(ABC):
 
     modality: ClassVar[str]
     condition_spec: ConditionSpec
+    overlaps: ClassVar[bool] = False
+    """Whether `generate_stepwise` works in the thread of whoever asks for its next step, on that one's CUDA stream, so
+    that generators may take turns (`anygen.together`)."""
 
     @classmethod
     @abstractmethod

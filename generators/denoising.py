@@ -45,6 +45,7 @@ def snr_weights(alphas_cumprod: Tensor, steps: Tensor, gamma: float | None, pred
 class DenoisingGenerator(Generator):
     """A generator with a VAE, a UNet and a noise schedule of diffusers."""
 
+    overlaps = True
     vae: Any
     unet: Any
     scheduler: Any

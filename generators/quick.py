@@ -16,7 +16,7 @@ from torch import nn
 from anygen import compiling
 from anygen.errors import ConfigError
 from anygen.generators import group_norm, short_attention
-from anygen.graphs import Capture, Graphed, pooled_capture
+from anygen.graphs import Capture, Graphed, PooledCapture
 
 Compile = Literal["blocks", "whole"]
 BLOCKS = frozenset(
@@ -58,7 +58,7 @@ class Quick:
         compile: "blocks" compiles what repeats, "whole" each model at once: longer, and a little faster.
         layout: puts weights of convolutions into channels-last order, and reads normalisations in between channel by
             channel. Only compiled code gains: uncompiled, they are computed, and left, in the usual order.
-        capture: how graphs are captured.
+        capture: how graphs are captured; by default in a pool of memory for all of them.
     """
 
     def __init__(
@@ -68,9 +68,10 @@ class Quick:
         graphs: bool,
         compile: Compile | None = None,
         layout: bool = False,
-        capture: Capture = pooled_capture,
+        capture: Capture | None = None,
     ) -> None:
         self.models, self.compile = dict(models), compile
+        capture = capture or PooledCapture()
         self.graphs: list[Graphed] = []
         for name, model in self.models.items():
             if layout:

@@ -87,6 +87,18 @@ def test_placed_generators_make_the_same_and_leave_the_device(placement: str, ti
         assert next(placed.unet.parameters()).device.type in ("cpu", "meta")
 
 
+def test_generators_that_take_turns_make_the_same_as_one_after_the_other(anything_directory: Path) -> None:
+    pipe = load(anything_directory)
+    plan = pipe.plan("All three", **{k: v for k, v in ASKED.items() if k != "progress"})
+    pipe.together = False
+    wanted = pipe.render(plan, progress=False).media
+    assert [m.modality for m in wanted][:3] == ["image", "video", "audio"]
+    pipe.together = True
+    for _ in range(4):  # plainly, captured, replayed
+        assert pipe.render(plan, progress=False).media == wanted
+    assert pipe.together and set(pipe._lanes._streams) == {"image", "video", "audio"}
+
+
 @pytest.mark.parametrize("offload", ["auto", "model_offload", "sequential"])
 def test_every_policy_answers(anything_directory: Path, offload: str) -> None:
     pipe = load(anything_directory, offload=offload)
