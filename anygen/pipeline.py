@@ -120,7 +120,7 @@ class AnyGenPipeline:
             quantization: "8bit" or "4bit": of the LLM's linear layers (`anygen.quantization`).
             generators: the modalities that may be made; by default all that the model has. False loads none: the
                 pipeline then plans, and another one renders.
-            compile: compiles what repeats in LLM and generators; the first answer then waits for up to a minute, once a
+            compile: compiles what repeats in LLM and generators; the first answer then waits for minutes, once a
                 machine. "whole" compiles each model at once, which is longer. See `anygen.speed`.
             graphs: CUDA graphs; by default wherever there is CUDA.
             device_map: spreads the LLM over devices, the machine's memory and the disk, as accelerate has it.

@@ -99,7 +99,8 @@ class StaticMemory:
             self.columns = torch.arange(capacity, device=device)
         self.used = 0
         """`filled`, as the host knows it."""
-        self.heads, self.placed = heads, placed
+        self.heads: Callable[..., tuple[Tensor, Tensor]] = heads
+        self.placed: Callable[..., tuple[Tensor, Tensor, Tensor]] = placed
         if region is not None:
             self.heads, self.placed = compiling.compiled(heads), compiling.compiled(placed)
         self._told: dict[int, tuple[Tensor, Tensor]] = {}
@@ -174,7 +175,8 @@ class StaticMemory:
         embeds = self.model.signal_tokens.embed(tokens, self.model.llm.embedding)
         with self.view(), self.region(self.cache) if self.region is not None else nullcontext():
             hidden = self.run(embeds, tokens >= 0, stepping=True)
-            return hidden, *self.heads(self.model, hidden[:, -1])
+            logits, scores = self.heads(self.model, hidden[:, -1])
+            return hidden, logits, scores
 
     def view(self) -> AbstractContextManager[None]:
         """With or without the adapter."""

@@ -251,7 +251,8 @@ class Bench:
         rate = (many - few) / (long - short)
         yield Row("LLM, decoding", rate, "tokens/s", note=f"batch 1, {TEXT} tokens before, {many - few} measured")
         base: Any = self.model.llm.base
-        read = sum(p.nbytes for p in base.parameters()) - self.model.llm.embedding.weight.nbytes  # type: ignore[operator]
+        embedding: Any = self.model.llm.embedding
+        read = sum(p.nbytes for p in base.parameters()) - embedding.weight.nbytes
         share = rate * read / self.bandwidth
         yield Row(
             "of the bandwidth's floor", 100 * share, "%", least=100 * LEAST["llm"], note=f"{read / GB:.2f} GB a token"

@@ -1,7 +1,7 @@
 """A generator's models on the fast way: CUDA graphs, regional compilation, memory layout, fused projections.
 
 Nothing here changes what is computed, but for rounding. Graphs alone (`graphs`) cost a fraction of a second and are the
-default on a GPU; compiling (`compile`) costs up to a minute when a machine does it first, and is kept.
+default on a GPU; compiling (`compile`) costs minutes at full size when a machine does it first, and is kept.
 
 Source: diffusers' guide "Accelerate inference"; BASELINE of this project: at batch 1 every UNet but a clip's waits for
 the host.
