@@ -23,7 +23,6 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
-from transformers.trainer_utils import get_last_checkpoint
 
 from anygen.errors import ConfigError
 from anygen.losses import IGNORED
@@ -35,11 +34,13 @@ from anygen.training.caches import TensorCache
 from anygen.training.chat_rows import Preference, check_fit, preference
 from anygen.training.data_rows import Rows, Source, read
 from anygen.training.instruction_tuning import sources
+from anygen.training.loop import RunLog
 from anygen.training.stage import Prepared, Ready, StageRecipe, make_ready
 from anygen.training.stage_data import Item, as_features, item, learn
 from anygen.training.stage_run import begin_log, save, tell_parameters
-from anygen.training.stage_trainer import Log, callbacks, conduct, optimizer, training_arguments
+from anygen.training.stage_trainer import Log, callbacks, conduct, identity, optimizer, training_arguments
 from anygen.training.trainable import PARTS
+from anygen.training.trainer import WholeCheckpoints
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -181,8 +182,8 @@ class PairCollator:
         return batch
 
 
-def dpo_trainer(recipe: PreferenceTuningRecipe, out: Path, ready: Ready, told: Log) -> Any:
-    """TRL's trainer of what is ready.
+def dpo_trainer(recipe: PreferenceTuningRecipe, out: Path, ready: Ready, log: RunLog, told: Log) -> Any:
+    """TRL's trainer of what is ready, with checkpoints as of every stage.
 
     Raises:
         ConfigError: TRL is not installed.
@@ -194,7 +195,7 @@ def dpo_trainer(recipe: PreferenceTuningRecipe, out: Path, ready: Ready, told: L
     except ImportError as error:
         raise ConfigError(f"preference tuning needs TRL: pip install 'anygen-mm[train]' ({error})") from None
 
-    class Trainer(DPOTrainer):  # type: ignore[misc]
+    class Trainer(WholeCheckpoints, DPOTrainer):  # type: ignore[misc]
         def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
             return dataset  # the collator tokenises
 
@@ -228,6 +229,8 @@ def dpo_trainer(recipe: PreferenceTuningRecipe, out: Path, ready: Ready, told: L
         data_collator=PairCollator(model, pairs, ready.features, words=words_count(model)),
         optimizers=(optimizer(wrapped.inner, recipe), None),
         callbacks=callbacks(recipe, out, ready, told),
+        identity=identity(recipe),
+        run_log=log,
     )
     wrapped.guarded = False
     return trainer
@@ -257,9 +260,9 @@ def train(recipe: PreferenceTuningRecipe, out: Path) -> dict[str, float]:
     ready = make_ready(recipe, out, lambda config: prepare(recipe, config), trains(recipe))
     tell_parameters(ready.model, log)
     told = Log(log)
-    trainer = dpo_trainer(recipe, out, ready, told)
-    last = get_last_checkpoint(str(out / "checkpoints")) if recipe.resume and (out / "checkpoints").is_dir() else None
-    figures = conduct(trainer, recipe, ready, told, last)
+    trainer = dpo_trainer(recipe, out, ready, log, told)
+    last = trainer.last_checkpoint() if recipe.resume else None
+    figures = conduct(trainer, recipe, ready, told, None if last is None else str(last))
     for name in ("eval_rewards/accuracies", "rewards/accuracies"):
         if name in told.last:
             figures["preferred"] = told.last[name]

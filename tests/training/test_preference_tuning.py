@@ -88,7 +88,7 @@ def test_the_first_step_s_loss_and_gradient_are_the_formula_s(
 
     recipe = recipe_of(user_model, user_data, beta=0.3)
     ready = make_ready(recipe, tmp_path, lambda config: preference_tuning.prepare(recipe, config), ["llm"])
-    trainer = preference_tuning.dpo_trainer(recipe, tmp_path, ready, Log(RunLog(tmp_path, "t")))
+    trainer = preference_tuning.dpo_trainer(recipe, tmp_path, ready, (log := RunLog(tmp_path, "t")), Log(log))
     for name, parameter in ready.model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -115,6 +115,44 @@ def test_the_first_step_s_loss_and_gradient_are_the_formula_s(
     for name, parameter in ready.model.named_parameters():
         if parameter.requires_grad:
             torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_a_run_that_is_stopped_goes_on_bit_for_bit_and_is_written_whole(
+    user_model: Path, user_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from anygen.errors import CheckpointError, OutputError
+    from anygen.training.trainer import WholeCheckpoints
+
+    def run(out: Path, **changes: Any) -> dict[str, torch.Tensor]:
+        preference_tuning.train(recipe_of(user_model, user_data, save_every=2, resume=True, **changes), out)
+        return {name: p.detach() for name, p in AnyGenModel.from_pretrained(out / "model").named_parameters()}
+
+    wanted = run(tmp_path / "whole")
+    publish = WholeCheckpoints._publish
+
+    def stopped(self: Any, written: Path, place: Path) -> None:
+        publish(self, written, place)
+        if place.name == "checkpoint-4":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(WholeCheckpoints, "_publish", stopped)
+        run(tmp_path / "cut")
+    with pytest.raises(CheckpointError, match=r"of another run: beta was 0.1, is 0.2; begin anew with resume=false"):
+        run(tmp_path / "cut", beta=0.2)
+    torch.manual_seed(9)
+    made = run(tmp_path / "cut")
+    assert made.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(made[name], value, rtol=0, atol=0)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(WholeCheckpoints, "_publish", full)
+    with pytest.raises(OutputError, match="the checkpoint of step 2 cannot be written .* the disk is full"):
+        run(tmp_path / "full")
+    assert not [path for path in (tmp_path / "full" / "checkpoints").rglob("*") if path.is_file()]
 
 
 def test_bad_values_are_told(user_model: Path, user_data: Path, tmp_path: Path) -> None:
