@@ -3,8 +3,9 @@
 Weights are counted from the headers of the files and are exact, as far as the files are here: encoders and what is
 trained in float32, the LLM and the generators in the precision's type; at 8 and 4 bits the LLM's linear layers alone
 are quantised. Text encoders count where a generator has to load them. On top come the keys and values of
-`presets.CONTEXT` tokens, and an estimate of what is computed in between: the largest of the generators' decoders at
-full resolution, of which half a dozen tensors live at once.
+`presets.CONTEXT` tokens, and an estimate of what is computed in between: the generators' decoders at full resolution, of
+which half a dozen tensors live at once. Those of all generators count, as they take turns and keep memory of their own
+(`anygen.together`).
 """
 
 import json
@@ -96,7 +97,7 @@ def model_need(directory: Path, *, wanted: Collection[str] | None = None) -> Mod
     needs.append(
         _same("projectors, signal rows, adapter", sum((8 if h.dtype == "I64" else 4) * h.numbers for h in trained))
     )
-    largest, working = {}, LEAST_WORKING
+    largest, working = {}, 0
     for modality, making in config.outputs.items():
         if wanted is not None and modality not in wanted:
             continue
@@ -107,10 +108,10 @@ def model_need(directory: Path, *, wanted: Collection[str] | None = None) -> Mod
         }
         needs.append(Need(role=f"{modality} generator", bytes=sizes))
         largest[modality] = {p: _WIDE[p] * max((models or {"": 0}).values()) for p in PRECISIONS}
-        working = max(working, _decoding(folder, modality, making.generator.options))
+        working += _decoding(folder, modality, making.generator.options)
     keys = _keys(llm)
     needs.append(Need(role=f"keys and values of {CONTEXT:,} tokens", bytes={p: keys * _WIDE[p] for p in PRECISIONS}))
-    needs.append(Need(role="working memory", bytes={p: working * _WIDE[p] for p in PRECISIONS}))
+    needs.append(Need(role="working memory", bytes={p: max(working, LEAST_WORKING) * _WIDE[p] for p in PRECISIONS}))
     return ModelNeed(tuple(needs), largest)
 
 
