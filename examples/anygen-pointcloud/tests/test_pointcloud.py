@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from anygen_pointcloud import POINTCLOUD, PointBert, PointBertConfig, PointCloud
-from anygen_pointcloud.encoder import farthest
+from anygen_pointcloud.encoder import CELLS, farthest, filled
 from prepare import category, sample, split
 
 from anygen.errors import MediaError
@@ -90,6 +90,16 @@ def test_each_centre_is_the_point_farthest_from_those_before() -> None:
         torch.testing.assert_close(chosen[row], torch.stack(taken))
 
 
+def test_cells_tell_the_share_of_points_in_them_and_left_is_as_right() -> None:
+    points = torch.rand(2, 300, 3, generator=torch.Generator().manual_seed(0)) - 0.5
+    points[0, :150] = 0.5  # on the very edge, which is inside
+    told = filled(points).view(2, CELLS, CELLS, CELLS)
+    for row, cells in zip(points.numpy(), told, strict=True):
+        shares = np.sqrt(np.histogramdd(row, CELLS, [(-0.5, 0.5)] * 3)[0] / 300)
+        np.testing.assert_allclose(cells, 2 * (shares + shares[::-1]), rtol=1e-5)
+    torch.testing.assert_close(filled(points * torch.tensor([-1.0, 1, 1])), told.flatten(1))
+
+
 def test_the_feature_does_not_depend_on_place_batch_or_the_order_of_points() -> None:
     torch.manual_seed(0)
     encoder = PointBert(SMALL).eval()
@@ -155,7 +165,7 @@ def test_the_shipped_features_are_those_of_the_furniture_set() -> None:
     spread = train.features[:, 0].std(0)
     nearest = torch.cdist(held.features[:, 0] / spread, means / spread).argmin(1)
     right = sum(known[n] == caption for n, caption in zip(nearest.tolist(), held.captions, strict=True))
-    assert right / 120 >= 0.5
+    assert right / 120 >= 0.6
 
 
 def test_anygen_mini_learns_to_read_clouds(mini: Path, tmp_path: Path) -> None:
