@@ -4,7 +4,9 @@ No medium is made or read. Two stages, both through the frozen LLM and its adapt
 
 1. the new rows learn when they are said (LM loss) and, with the projector, what they say (alignment). Of the old rows
    only that of `<|words|>` moves, which no LLM reads inside an answer: it has to let go of the new requests. What the
-   model answered before to plain questions and to requests for other media is mixed in and has to stay.
+   model answered before to plain questions and to requests for other media is mixed in and has to stay. A model that
+   took the new requests for others goes on saying its own words, as nothing that chooses them trains: half of the
+   answers to learn are these words, with the new medium in place of the other.
 2. the rows stand still, so that the states at the runs are fixed numbers: they are computed once, and the projector
    learns from them for as many passes as it needs.
 
@@ -13,6 +15,7 @@ gradients for new rows alone, GILL (arXiv:2305.17216).
 Shapes: M captions, S signal tokens, D LLM width, R rows.
 """
 
+import logging
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -43,6 +46,7 @@ from anygen.training.prefix import length_batches
 from anygen.training.requests import self_prompts
 from anygen.training.trainer import fit, identity_of
 
+logger = logging.getLogger("anygen.training")
 OTHERS = {"image": ("Draw {x}.", *WHOLE), "video": ("Film {x}.", *WHOLE_CLIP), "audio": ("Play {x}.", *WHOLE_SOUND)}
 """Output modality -> requests for it, which have to go on as before."""
 THINGS = (
@@ -131,8 +135,34 @@ class Wording:
         return [self.ask(caption, rng), Message("assistant", (TextPart(self.answer.format(caption=caption)), medium))]
 
 
+def own_conversations(
+    model: AnyGenModel, wording: Wording, captions: Sequence[str], rng: random.Random
+) -> dict[int, list[Message]]:
+    """A caption's number -> a request for it and the answer in the model's own words, the new medium in place of what
+    it showed; of captions that it answers with media already."""
+    asks = [wording.ask(caption, rng) for caption in captions]
+    found: dict[int, list[Message]] = {}
+    for row, (ask, said) in enumerate(zip(asks, answers(model, [[a] for a in asks], max_new_tokens=40), strict=True)):
+        if said.runs:
+            words = [TextPart(said.parts[0])] if isinstance(said.parts[0], str) else []
+            medium: Any = MediaPart(wording.modality, captions[row])  # type: ignore[arg-type]
+            found[row] = [ask, Message("assistant", (*words, medium))]
+    return found
+
+
 class Mixture(Dataset[dict[str, Any]]):
-    """Every other item a request with its target, the others answers that have to stay."""
+    """Every other item a request with its target, the others answers that have to stay.
+
+    Args:
+        model: in which the modality is.
+        wording: of requests and answers.
+        captions: M of them.
+        targets: name -> float[M, ...], their conditions.
+        kept: the answers that have to stay.
+        count: items.
+        seed: of what is random about them.
+        own: a caption's number -> a conversation in the model's own words, which is taken half of the time.
+    """
 
     def __init__(
         self,
@@ -144,9 +174,10 @@ class Mixture(Dataset[dict[str, Any]]):
         *,
         count: int,
         seed: int,
+        own: Mapping[int, list[Message]] | None = None,
     ) -> None:
         self.model, self.wording, self.captions, self.targets = model, wording, captions, targets
-        self.kept, self.count, self.seed = kept, count, seed
+        self.kept, self.count, self.seed, self.own = kept, count, seed, own or {}
 
     def __len__(self) -> int:
         return self.count
@@ -166,7 +197,10 @@ class Mixture(Dataset[dict[str, Any]]):
         row, rng = self._row(number)
         if row is None:
             return {"example": rng.choice(self.kept), "row": None}
-        return {"example": self.model.prompts.example(self.wording.conversation(self.captions[row], rng)), "row": row}
+        talk = self.wording.conversation(self.captions[row], rng)
+        if row in self.own and rng.random() < 0.5:
+            talk = self.own[row]
+        return {"example": self.model.prompts.example(talk), "row": row}
 
     def collate(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Items -> the arguments of the model's forward pass."""
@@ -219,6 +253,7 @@ def teach(
     wording = Wording(modality, recipe.requests or declared.requests, recipe.answer or declared.answer)
     old = old_prompts(model, declared, recipe.kept, rng)
     before = kinds_of_answers(model, old)
+    own = own_conversations(model, wording, known, rng)
     add_output(
         model,
         generator,
@@ -236,7 +271,8 @@ def teach(
         parameters, hooks = rows_to_train(model, modality)
         for name, (trainable, total) in model.trainable_parameters().items():
             log.write(part=name, trainable=trainable, parameters=total)
-        data = Mixture(model, wording, known, told, kept, count=recipe.steps * recipe.batch_size, seed=recipe.seed)
+        count = recipe.steps * recipe.batch_size
+        data = Mixture(model, wording, known, told, kept, count=count, seed=recipe.seed, own=own)
         both = [*parameters, *projector.parameters()]
         size, groups = recipe.batch_size, [{"params": both, "lr": recipe.learning_rate}]
         fit(model, data, data.collate, groups, log, steps=recipe.steps, batch_size=size, **_running(recipe, "rows"))
@@ -246,8 +282,9 @@ def teach(
             parameter.requires_grad_(False)
     figures: dict[str, float] = {}
     if recipe.fit_steps:
-        conversations = [wording.conversation(caption, rng) for caption in known]
-        _fit_projector(model, modality, read_states(model, modality, conversations), told, recipe, log)
+        conversations = [wording.conversation(caption, rng) for caption in known] + [*own.values()]
+        aims = {name: torch.cat([value, value[[*own]]]) for name, value in told.items()}
+        _fit_projector(model, modality, read_states(model, modality, conversations), aims, recipe, log)
     projector.requires_grad_(False)
     model.eval()
     if held:
@@ -256,6 +293,11 @@ def teach(
         figures["distance"] = distance(model, modality, states, targets_of(generator, held), mean)
         asked = answers(model, [[wording.ask(caption, rng)] for caption in held], max_new_tokens=40)
         figures |= {"made": sum(made(a) == [modality] for a in asked) / len(held), "cases": float(len(held))}
+        if figures["made"] < 0.5:
+            other = next(answer for answer in asked if made(answer) != [modality])
+            showed = " and ".join(made(other)) or "no medium"
+            told_so = f"{figures['made']:.2f} of {len(held)} requests that were held out got {modality} alone"
+            logger.warning("%s; one was answered by '%s' with %s: take more steps", told_so, other.text, showed)
     if old:
         now = kinds_of_answers(model, old)
         same = sum(a.route == b.route and made(a) == made(b) for a, b in zip(before, now, strict=True))

@@ -18,6 +18,7 @@ from anygen.extension import InputModality, OutputModality
 from anygen.features import Condition, ConditionSpec, Features
 from anygen.generators.base import Generator
 from anygen.media_base import MEDIA, Media
+from anygen.messages import MediaPart
 from anygen.model import AnyGenModel
 from anygen.model_config import PartConfig
 from anygen.training import new_input, new_output
@@ -218,6 +219,51 @@ def test_making_moves_new_rows_and_that_of_words_alone_and_learns_the_condition(
     mean = {"notes": aims["notes"].mean(0)}
     assert new_output.distance(model, "smell", states, aims, mean) < 0.1
     assert new_output.distance(model, "smell", states.flip(0), aims, mean) > 0.5, "another's states say another thing"
+
+
+def test_a_model_that_shows_something_else_learns_the_new_in_its_own_words(
+    tiny_model: Callable[..., AnyGenModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    from anygen.decoding import Answer, Run
+
+    model = tiny_model(adapter=True, max_position_embeddings=512).requires_grad_(False)
+    captions = ["a rose", "an old shoe", "tea"]
+    asked: list[list[str]] = []
+    run = Run(0, "image", torch.zeros(4, 32))
+
+    def said(_: AnyGenModel, talks: Any, **__: Any) -> list[Answer]:
+        asked.append([talk[-1].text for talk in talks])
+        kinds = [["It smells, look: ", run], [run, "There."], ["I cannot smell."]]
+        return [Answer(parts=list(kinds[number % 3])) for number, _ in enumerate(talks)]
+
+    monkeypatch.setattr(new_output, "answers", said)
+    wording = new_output.Wording("smell", ["Make {caption}."], OUTPUT.answer)
+    own = new_output.own_conversations(model, wording, captions, random.Random(0))
+    assert asked == [[f"Make {caption}." for caption in captions]] and list(own) == [0, 1]
+    for row, words in ((0, "It smells, look: "), (1, "")):
+        ask, answer = own[row]
+        assert ask.text == f"Make {captions[row]}." and answer.text == words
+        medium: Any = MediaPart("smell", captions[row])  # type: ignore[arg-type]
+        assert answer.parts[-1] == medium
+    grafted = new_output.add_output(model, Perfume(), signal_tokens=2, projector=OUTPUT.projector)
+    data = new_output.Mixture(grafted, wording, captions, {}, [], count=200, seed=0, own=own)
+    items = [data[number] for number in range(200)]
+    mine = [grafted.prompts.example(own[0]).ids == item["example"].ids for item in items if item["row"] == 0]
+    assert 0.3 < sum(mine) / len(mine) < 0.7
+    theirs = [
+        item["example"].ids == grafted.prompts.example(conversation("tea")).ids for item in items if item["row"] == 2
+    ]
+    assert all(theirs) and len(theirs) > 20
+
+    monkeypatch.setattr(new_output, "kinds_of_answers", lambda model, prompts: [Answer() for _ in prompts])
+    recipe = NewOutputRecipe(modality="smell", captions="", kept=2, steps=2, batch_size=2, fit_steps=2, held_out=0.25)
+    with caplog.at_level("WARNING", logger="anygen.training"):
+        fresh = tiny_model(adapter=True, max_position_embeddings=512).requires_grad_(False)
+        figures = new_output.teach(fresh, Perfume(), [*captions, "rain"], OUTPUT, recipe, RunLog(tmp_path, "x"))
+    assert figures["made"] == 0
+    assert (
+        "0.00 of 1 requests that were held out got smell alone; one was answered by 'It smells, look: '" in caplog.text
+    )
 
 
 def held(captions: list[str], recipe: NewOutputRecipe) -> list[str]:

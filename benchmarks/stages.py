@@ -1,0 +1,262 @@
+"""What each training stage on a user's data does to everything else that anygen-mini can.
+
+    python benchmarks/stages.py                                  # makes the data, tells the commands
+    python benchmarks/stages.py --run all --jobs 8               # trains, measures before and after, tells what moved
+    python benchmarks/stages.py --run encoder_alignment --steps 40 --limit 60 --device cpu
+    python benchmarks/stages.py --measure --stages preference_tuning           # what was trained before
+
+The data (`stage_data.py`) are made of the built sets in data/. Each stage begins with anygen-mini, so that all may run
+side by side. Rows of `anygen eval mini` that hang on nothing that a stage has changed, by the digests of its parts, are
+not measured. What was measured is kept in OUT/measured, so that a run that was stopped goes on.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from measuring import environment, machine
+from stage_data import MODEL, make_data
+
+from anygen.loading import choose_device, model_directory
+
+WORST = 1.0
+"""Points that a row may lose."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A shipped recipe, and what it is told here."""
+
+    recipe: str
+    data: tuple[str, ...]
+    """KEY=FILE, files of the data's folder."""
+    told: tuple[str, ...]
+    """Further key=value."""
+
+    def command(self, data: Path, out: Path, steps: int | None) -> list[str]:
+        """What follows `anygen`."""
+        recipe = Path("training/recipes") / f"{self.recipe}.yaml"
+        given = [f"{key}={data / file}" for key, _, file in (pair.partition("=") for pair in self.data)]
+        more = [] if steps is None else [f"steps={steps}"]
+        where = [f"out={out / self.recipe}", f"cache={out / 'cache'}"]
+        return ["train", str(recipe), *given, *where, *self.told, *more]
+
+
+CHATS = ("data=chats.jsonl", "text_data=talk.jsonl")
+GENTLE = ("text_share=0.1", "learning_rate=2.0e-5", "learning_rates.output_projectors=2.0e-5")
+"""A fifth of the recipe's rates: at those, 20 steps made the loss of 24 held-out rows 7 % worse."""
+STAGES = {
+    "encoder_alignment": Stage(
+        "encoder-alignment",
+        ("data.image=pictures.jsonl",),
+        (
+            'questions.image=["What is this?", "What do you see?", "Name this.", "What is shown here?"]',
+            "learning_rate=1.0e-4",
+        ),
+    ),
+    "decoder_alignment": Stage(
+        "decoder-alignment",
+        ("captions.image=captions.txt",),
+        ("answer=Here is {caption}.", "learning_rate=2.0e-5", "batch_size=32"),
+    ),
+    "instruction_tuning": Stage("instruction-tuning", CHATS, (*GENTLE, "learning_rates.llm=1.0e-5")),
+    "one_stage": Stage("one-stage", CHATS, (*GENTLE, "learning_rates.llm=5.0e-6")),
+    "preference_tuning": Stage("preference-tuning", ("data=preferences.jsonl",), ()),
+}
+EVERYTHING = ("image", "modality", "naming", "talk", "controls", "audio", "video", "matrix")
+HANGS_ON = {
+    "input": ("modality", "naming", "matrix"),
+    "output.image": ("image", "controls", "video", "matrix"),
+    "output.audio": ("audio", "matrix"),
+    "adapter": EVERYTHING,
+    "signal_tokens": EVERYTHING,
+    "llm": EVERYTHING,
+    "encoders": ("modality", "naming", "retrieval", "matrix"),
+    "generators": ("image", "controls", "audio", "video", "matrix"),
+}
+"""Part of a model's directory -> rows of the evaluation that it counts in; one that is not told counts in all."""
+
+
+def digests(directory: Path) -> dict[str, str]:
+    """Part of a model's directory -> digest of its weights; projectors are told one by one."""
+    from safetensors import safe_open
+
+    found: dict[str, dict[str, str]] = {}
+    for path in directory.rglob("*.safetensors"):
+        place = path.relative_to(directory)
+        whole = place.parts[0].removesuffix(".safetensors").partition("-0")[0]  # the number of a shard left out
+        folder = "" if place.parent == Path() else str(place.parent)
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                part = whole
+                if whole == "projectors":
+                    part = ".".join(name.split(".")[:2]) if name.startswith("output.") else "input"
+                value = file.get_tensor(name).double().numpy()  # equal in whichever precision it is kept
+                found.setdefault(part, {})[f"{folder}:{name}"] = hashlib.sha256(value.tobytes()).hexdigest()
+    return {part: hashlib.sha256(str(sorted(one.items())).encode()).hexdigest() for part, one in found.items()}
+
+
+def touched(before: Mapping[str, str], after: Mapping[str, str]) -> tuple[list[str], list[str]]:
+    """The parts that differ, and the rows that they count in."""
+    changed = sorted(part for part in before.keys() | after.keys() if before.get(part) != after.get(part))
+    every = (*EVERYTHING, "retrieval")
+    counted = {row for part in changed for row in HANGS_ON.get(part, every)}
+    return changed, [row for row in every if row in counted]
+
+
+class Bench:
+    """Runs `anygen` as a user does, several commands side by side.
+
+    Args:
+        options: of the command line.
+    """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.out = options, options.out
+        self.room = threading.Semaphore(options.jobs)
+        self.locks: dict[str, threading.Lock] = defaultdict(threading.Lock)
+        self.before = digests(model_directory(MODEL))
+
+    def anygen(self, arguments: Sequence[str], log: Path) -> str:
+        """Runs a command when there is room -> what it prints; `log` takes what it says meanwhile.
+
+        Raises:
+            SystemExit: it failed.
+        """
+        threads = str(max(1, (os.cpu_count() or 1) // self.options.jobs))
+        env = {"OMP_NUM_THREADS": threads} | environment()
+        if self.options.device == "cpu":
+            env["CUDA_VISIBLE_DEVICES"] = ""
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with self.room, log.open("w", encoding="utf-8") as told:
+            begin = time.perf_counter()
+            command = [sys.executable, "-m", "anygen", *arguments]
+            ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=told, text=True, env=env, check=False)
+        if ended.returncode:
+            raise SystemExit(f"anygen {shlex.join(arguments)} failed, see {log}")
+        print(f"{time.perf_counter() - begin:6.0f} s  anygen {shlex.join(arguments)}", file=sys.stderr, flush=True)
+        return ended.stdout
+
+    def stage(self, name: str) -> dict[str, Any]:
+        """Trains if it is to, measures -> what changed, the run's own figures, and the rows of the table."""
+        stage, options = STAGES[name], self.options
+        folder = self.out / stage.recipe
+        if name in options.run:
+            self.anygen(stage.command(options.data, self.out, options.steps), folder / "stage.log")
+        if not (folder / "model").is_dir():
+            raise SystemExit(f"there is no model in {folder}: train it with --run {name}")
+        after = digests(folder / "model")
+        changed, rows = touched(self.before, after)
+        version = hashlib.sha256(json.dumps(after, sort_keys=True).encode()).hexdigest()[:12]
+        with ThreadPoolExecutor(2 * len(EVERYTHING)) as pool:
+            wanted = [row for row in rows if not options.only or row in options.only]
+            old = [pool.submit(self.measure, MODEL, "before", row) for row in wanted]
+            new = [pool.submit(self.measure, str(folder / "model"), f"{stage.recipe}-{version}", row) for row in wanted]
+        compared = [
+            {
+                "row": one["name"],
+                "cases": one["cases"],
+                "before": one["value"],
+                "after": two["value"],
+                "difference": (two["value"] - one["value"]) * (1 if one["unit"] else 100),
+            }
+            for ours, theirs in zip(old, new, strict=True)
+            for one, two in zip(ours.result(), theirs.result(), strict=True)
+        ]
+        figures = json.loads((folder / "training.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+        untouched = [row for row in (*EVERYTHING, "retrieval") if row not in rows]
+        return {"stage": name, "changed": changed, "untouched": untouched, "figures": figures, "rows": compared}
+
+    def measure(self, model: str, name: str, row: str) -> list[dict[str, Any]]:
+        """Rows of `anygen eval mini --only ROW`, kept under the model's name."""
+        limit = self.options.limit
+        kept = self.out / "measured" / f"{name}-{row}-{'all' if limit is None else limit}.json"
+        with self.locks[str(kept)]:
+            if not kept.exists():
+                more = [] if limit is None else ["--limit", str(limit)]
+                more += [] if self.options.device is None else ["--device", self.options.device]
+                command = ["eval", "mini", "--model", model, "--only", row, "--json", "--data"]
+                printed = self.anygen([*command, str(self.options.sets / "icons"), *more], kept.with_suffix(".log"))
+                kept.write_text(printed, encoding="utf-8")
+        return json.loads(kept.read_text(encoding="utf-8"))["rows"]
+
+
+def show(found: Mapping[str, Any]) -> None:
+    """One stage's table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    figures = {k: v for k, v in found["figures"].items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    caption = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+    caption += f"\nchanged: {', '.join(found['changed']) or 'nothing'}"
+    caption += f"\nthe same weights, not measured: {', '.join(found['untouched']) or 'none'}"
+    table = Table(title=found["stage"], caption=caption)
+    for heading in ("row", "cases", "before", "after", "points", f"worse by more than {WORST:g}"):
+        table.add_column(heading, justify="left" if heading == "row" else "right")
+    for row in found["rows"]:
+        worse = row["difference"] < -WORST
+        told = ["[red]yes" if worse else "no"]
+        values = [f"{row['before']:.3f}", f"{row['after']:.3f}", f"{row['difference']:+.1f}"]
+        table.add_row(row["row"], str(row["cases"]), *values, *told)
+    console = Console()
+    (console if console.is_terminal else Console(width=118)).print(table)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Makes the data, tells the commands, trains and measures."""
+
+    def names(text: str) -> list[str]:
+        chosen = [*STAGES] if text == "all" else text.split(",")
+        if unknown := [name for name in chosen if name not in STAGES]:
+            raise argparse.ArgumentTypeError(f"there is no stage '{unknown[0]}'; known: all, {', '.join(STAGES)}")
+        return chosen
+
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--stages", type=names, metavar="STAGE,…", help="which are told and measured; default: all")
+    parser.add_argument("--run", type=names, metavar="STAGE,…", default=[], help="trains these, or 'all', and measures")
+    parser.add_argument("--measure", action="store_true", help="measures what was trained before")
+    parser.add_argument("--data", type=Path, default=Path("runs/stages/data"), help="default: %(default)s")
+    parser.add_argument("--out", type=Path, default=Path("runs/stages"), help="default: %(default)s")
+    parser.add_argument("--sets", type=Path, default=Path("data"), help="the built sets (default: %(default)s)")
+    parser.add_argument("--rows", type=int, default=7680, help="pictures of the data (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help="of every stage; default: the recipe's")
+    parser.add_argument("--limit", type=int, help="cases a row; default: all")
+    parser.add_argument("--only", action="append", metavar="ROW", help="measures this row alone; may be repeated")
+    parser.add_argument("--device", help="default: CUDA where it is")
+    parser.add_argument("--jobs", type=int, default=1, help="commands side by side (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    options = parser.parse_args(arguments)
+    options.stages = options.stages or options.run or [*STAGES]
+    begin = time.perf_counter()
+    make_data(options.data, options.sets, options.rows, choose_device(options.device))
+    print(f"{time.perf_counter() - begin:6.0f} s  data in {options.data}", file=sys.stderr, flush=True)
+    for name in options.stages:
+        command = STAGES[name].command(options.data, options.out, options.steps)
+        print(f"anygen {shlex.join(command)}", file=sys.stderr if options.json else sys.stdout, flush=True)
+    if not (options.run or options.measure):
+        return 0
+    bench = Bench(options)
+    with ThreadPoolExecutor(len(options.stages)) as pool:
+        found = list(pool.map(bench.stage, options.stages))
+    if options.json:
+        print(json.dumps({"machine": machine(), "limit": options.limit, "stages": found}))
+    else:
+        for one in found:
+            show(one)
+    return int(any(row["difference"] < -WORST for one in found for row in one["rows"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
