@@ -3,9 +3,9 @@
 Weights are counted from the headers of the files and are exact, as far as the files are here: encoders and what is
 trained in float32, the LLM and the generators in the precision's type; at 8 and 4 bits the LLM's linear layers alone
 are quantised. Text encoders count where a generator has to load them. On top come the keys and values of
-`presets.CONTEXT` tokens, and an estimate of what is computed in between: the generators' decoders at full resolution, of
-which half a dozen tensors live at once. Those of all generators count, as they take turns and keep memory of their own
-(`anygen.together`).
+`presets.CONTEXT` tokens, and an estimate of what is computed in between: the generators' decoders at full resolution,
+of which half a dozen tensors live at once. Those of all generators count, as they take turns and keep memory of their
+own (`anygen.together`).
 """
 
 import json
