@@ -296,7 +296,8 @@ def teach(
         if figures["made"] < 0.5:
             other = next(answer for answer in asked if made(answer) != [modality])
             showed = " and ".join(made(other)) or "no medium"
-            told_so = f"{figures['made']:.2f} of {len(held)} requests that were held out got {modality} alone"
+            right = round(figures["made"] * len(held))
+            told_so = f"{right} of {len(held)} requests that were held out got one {modality} and nothing else"
             logger.warning("%s; one was answered by '%s' with %s: take more steps", told_so, other.text, showed)
     if old:
         now = kinds_of_answers(model, old)

@@ -262,7 +262,8 @@ def test_a_model_that_shows_something_else_learns_the_new_in_its_own_words(
         figures = new_output.teach(fresh, Perfume(), [*captions, "rain"], OUTPUT, recipe, RunLog(tmp_path, "x"))
     assert figures["made"] == 0
     assert (
-        "0.00 of 1 requests that were held out got smell alone; one was answered by 'It smells, look: '" in caplog.text
+        "0 of 1 requests that were held out got one smell and nothing else; one was answered by 'It smells"
+        in caplog.text
     )
 
 
