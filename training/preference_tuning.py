@@ -14,15 +14,16 @@ Source: DPO (arXiv:2305.18290).
 Shapes: B pairs, so that a batch has 2B rows, the preferred answers first; T tokens, V + R classes.
 """
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
 
 from anygen.errors import ConfigError
 from anygen.losses import IGNORED
@@ -34,13 +35,16 @@ from anygen.training.caches import TensorCache
 from anygen.training.chat_rows import Preference, check_fit, preference
 from anygen.training.data_rows import Rows, Source, read
 from anygen.training.instruction_tuning import sources
-from anygen.training.loop import RunLog
+from anygen.training.loop import RunLog, is_main, wait
 from anygen.training.stage import Prepared, Ready, StageRecipe, make_ready
 from anygen.training.stage_data import Item, as_features, item, learn
 from anygen.training.stage_run import begin_log, save, tell_parameters
 from anygen.training.stage_trainer import Log, callbacks, conduct, identity, optimizer, training_arguments
 from anygen.training.trainable import PARTS
-from anygen.training.trainer import WholeCheckpoints
+from anygen.training.trainer import WholeCheckpoints, on_one_gpu
+
+PAIRS = ".pairs"
+"""Folder of a run, while it lasts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,6 +95,20 @@ class _Config(PretrainedConfig):
     model_type = "anygen"
 
 
+@dataclass
+class Scores(ModelOutput):
+    """What `PreferenceModel` says of the next tokens, zero where nothing was chosen."""
+
+    log_probs: Tensor | None = None
+    """float32[2B, T - 1]."""
+    entropy: Tensor | None = None
+    """float32[2B, T - 1]."""
+    mean_logits: Tensor | None = None
+    """float32[2B, T - 1]."""
+    is_top1: Tensor | None = None
+    """bool[2B, T - 1]."""
+
+
 class PreferenceModel(PreTrainedModel):
     """An `AnyGenModel` as `trl.DPOTrainer` takes models: log-probabilities of given tokens come out."""
 
@@ -108,9 +126,7 @@ class PreferenceModel(PreTrainedModel):
         if name != "forward" or not self.guarded:
             super().__setattr__(name, value)
 
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, media: Any = None, **_: Any
-    ) -> SimpleNamespace:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, media: Any = None, **_: Any) -> Scores:
         """Scores a batch.
 
         Args:
@@ -118,10 +134,6 @@ class PreferenceModel(PreTrainedModel):
             attention_mask: long[2B, T].
             labels: long[2B, T], -100 where nothing was chosen.
             media: as for `AnyGenModel.forward`.
-
-        Returns:
-            `log_probs`, `entropy`, `mean_logits` float32[2B, T - 1] and `is_top1` bool[2B, T - 1], of the next tokens;
-            zero where nothing was chosen.
         """
         hidden = self.inner(input_ids, attention_mask, media=media).hidden_states
         wanted = labels[:, 1:] != IGNORED
@@ -132,7 +144,7 @@ class PreferenceModel(PreTrainedModel):
             entropy = -(log_probs.exp() * log_probs).sum(-1)
             top = logits.argmax(-1) == targets
         chosen = log_probs.gather(-1, targets[:, None])[:, 0]
-        return SimpleNamespace(
+        return Scores(
             log_probs=_placed(chosen, wanted),
             entropy=_placed(entropy, wanted),
             mean_logits=_placed(logits.detach().mean(-1), wanted),
@@ -189,7 +201,6 @@ def dpo_trainer(recipe: PreferenceTuningRecipe, out: Path, ready: Ready, log: Ru
         ConfigError: TRL is not installed.
     """
     try:
-        from datasets import Dataset
         from trl.trainer.dpo_config import DPOConfig
         from trl.trainer.dpo_trainer import DPOTrainer
     except ImportError as error:
@@ -202,6 +213,11 @@ def dpo_trainer(recipe: PreferenceTuningRecipe, out: Path, ready: Ready, log: Ru
         def _set_signature_columns_if_needed(self) -> None:
             self._signature_columns = ["pair", "ref_chosen_logps", "ref_rejected_logps"]
 
+        def create_optimizer(self, model: Any = None) -> Any:
+            if self.optimizer is None:
+                self.optimizer = optimizer(wrapped.inner, recipe)  # here, since sharding replaces parameters
+            return self.optimizer
+
         def create_model_card(self, *_: Any, **__: Any) -> None:
             """anygen has its own."""
 
@@ -209,12 +225,11 @@ def dpo_trainer(recipe: PreferenceTuningRecipe, out: Path, ready: Ready, log: Ru
     pairs = [cast(_Pair, one).pair for one in (*ready.train, *ready.held_out)]
     numbers = list(range(len(pairs)))
     steps = recipe.count(len(ready.train))
-    arguments = training_arguments(recipe, out, steps, on_cpu=model.device.type == "cpu")
+    arguments = training_arguments(recipe, out, steps, ready)
     arguments |= {"train_sampling_strategy": "random", "prediction_loss_only": True}
     wrapped = PreferenceModel(model)
-    trainer = Trainer(
-        model=wrapped,
-        args=DPOConfig(
+    config = on_one_gpu(
+        DPOConfig(
             **arguments,
             beta=recipe.beta,
             loss_type=[recipe.loss],
@@ -222,18 +237,32 @@ def dpo_trainer(recipe: PreferenceTuningRecipe, out: Path, ready: Ready, log: Ru
             precompute_ref_log_probs=True,
             max_length=None,
             gradient_checkpointing=False,
-        ),
-        train_dataset=Dataset.from_dict({"pair": numbers[: len(ready.train)]}),
-        eval_dataset=Dataset.from_dict({"pair": numbers[len(ready.train) :]}) if ready.held_out else None,
+        )
+    )
+    train_data = on_disk(out / PAIRS / "train", numbers[: len(ready.train)])
+    trainer = Trainer(
+        model=wrapped,
+        args=config,
+        train_dataset=train_data,
+        eval_dataset=on_disk(out / PAIRS / "held-out", numbers[len(ready.train) :]) if ready.held_out else None,
         processing_class=model.llm.tokenizer,
         data_collator=PairCollator(model, pairs, ready.features, words=words_count(model)),
-        optimizers=(optimizer(wrapped.inner, recipe), None),
         callbacks=callbacks(recipe, out, ready, told),
         identity=identity(recipe),
         run_log=log,
     )
     wrapped.guarded = False
     return trainer
+
+
+def on_disk(folder: Path, numbers: list[int]) -> Any:
+    """The pairs' numbers as a dataset that all processes share; TRL keeps beside it what the model thought of them."""
+    from datasets import Dataset
+
+    if is_main():
+        Dataset.from_dict({"pair": numbers}).save_to_disk(folder)
+    wait()
+    return Dataset.load_from_disk(folder)
 
 
 def words_count(model: AnyGenModel) -> bool:
@@ -270,5 +299,7 @@ def train(recipe: PreferenceTuningRecipe, out: Path) -> dict[str, float]:
     for hook in ready.hooks:
         hook.remove()
     save(recipe, out, ready.model)
+    if is_main():
+        shutil.rmtree(out / PAIRS)
     log.write(final=True, **figures)
     return figures

@@ -1,10 +1,10 @@
-"""What FSDP2 needs to be told of our models, and how to have a model whole again when the training is over.
+"""What FSDP2 and DeepSpeed need to be told of our models, and how to have a model whole again after the training.
 
 Source: PyTorch FSDP2, `torch.distributed.fsdp.fully_shard`, which replaces parameters by shards (`DTensor`) in place.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -39,28 +39,35 @@ def check_shardable(module: nn.Module) -> None:
 
 
 @contextmanager
-def touching(module: nn.Module) -> Iterator[None]:
-    """Inside, every loss of a forward pass depends on all that trains outside the layers, if only by zero.
+def touching(module: nn.Module, *, autocast: torch.dtype | None = None) -> Iterator[None]:
+    """Inside, what a forward pass returns (its losses; without any, its states) depends on all that trains outside
+    sharded layers, if only by zero.
 
     Processes whose batches lack a part, as those without media lack a projector's, would else reduce other gradients
-    than the rest, and the run would hang.
+    than the rest, and the run would hang: FSDP2 and DeepSpeed reduce what has a gradient.
+
+    Args:
+        module: whose `forward` is another one inside.
+        autocast: dtype of its products, for DeepSpeed, which casts weights and leaves what they meet to us.
     """
     plain = module.forward
 
     def forward(*arguments: Any, **options: Any) -> Any:
-        output = plain(*arguments, **options)
         trained = [p for p in module.parameters() if p.requires_grad and not isinstance(p, DTensor)]
-        zero = sum((p.flatten()[:1].sum() * 0 for p in trained), torch.zeros(()).to(output["loss"].device))
-        for name in ("loss", "lm_loss", "alignment_loss"):
-            if output.get(name) is not None:
-                output[name] = output[name] + zero
+        device = next(module.parameters()).device.type
+        with nullcontext() if autocast is None else torch.autocast(device, dtype=autocast):
+            output = plain(*arguments, **options)
+        zero = torch.stack([p.flatten()[0].float() * 0 for p in trained]).sum() if trained else 0.0
+        losses = [name for name in ("loss", "lm_loss", "alignment_loss") if output.get(name) is not None]
+        for name in losses or ["hidden_states"]:
+            output[name] = (output[name] + zero).to(output[name].dtype)
         return output
 
     module.forward = forward
     try:
         yield
     finally:
-        del module.forward
+        module.__dict__.pop("forward", None)
 
 
 def load_shards(module: nn.Module, checkpoint: Path) -> None:
@@ -82,13 +89,19 @@ def load_shards(module: nn.Module, checkpoint: Path) -> None:
 
 @torch.no_grad()
 def whole(module: nn.Module) -> nn.Module:
-    """The same module without FSDP2, each process with all of its weights; a module that is not sharded stays as it is.
+    """The same module, each process with all of its weights; one that was not spread over processes stays as it is.
 
-    Tied parameters stay tied.
+    Tied parameters stay tied. Of what DeepSpeed trained the copies in float32 come back, each in memory of its own, as
+    files of weights want it.
     """
     from torch.distributed._composable_state import _module_state_mapping
     from torch.distributed.fsdp import FSDPModule
 
+    for parameter in module.parameters():
+        if hasattr(parameter, "_hp_mapping"):
+            from deepspeed.utils import safe_get_full_fp32_param  # pyright: ignore[reportMissingImports]
+
+            parameter.data = cast(torch.Tensor, safe_get_full_fp32_param(parameter)).to(parameter.device).clone()
     if not any(isinstance(part, FSDPModule) for part in module.modules()):
         return module
     for part in module.modules():

@@ -23,7 +23,7 @@ from anygen.training.sharding import check_shardable, name_layers, whole
 from anygen.training.stage import Ready, StageRecipe
 from anygen.training.stage_data import Collator, Item, Mixed, arguments, to
 from anygen.training.trainable import groups
-from anygen.training.trainer import ITEMS, LAZY, Numbered, SafeTrainer
+from anygen.training.trainer import ITEMS, LAZY, Numbered, SafeTrainer, on_one_gpu, touched
 
 logger = logging.getLogger("anygen.training")
 
@@ -178,7 +178,7 @@ def frozen_generators(recipe: StageRecipe, ready: Ready) -> dict[str, Generator]
     return made
 
 
-def training_arguments(recipe: StageRecipe, out: Path, steps: int, *, on_cpu: bool) -> dict[str, Any]:
+def training_arguments(recipe: StageRecipe, out: Path, steps: int, ready: Ready) -> dict[str, Any]:
     """What `TrainingArguments` and its descendants are told for a stage.
 
     Raises:
@@ -188,6 +188,9 @@ def training_arguments(recipe: StageRecipe, out: Path, steps: int, *, on_cpu: bo
     if recipe.batch_size % world:
         told = f"a batch of {recipe.batch_size} cannot be spread over {world} processes"
         raise ConfigError(f"{told}; choose a multiple of them")
+    if recipe.evaluate_every is not None and not ready.held_out:
+        logger.warning("evaluate_every=%d: no row is held out, so that nothing is measured", recipe.evaluate_every)
+    on_cpu = ready.model.device.type == "cpu"
     every = max(1, min(20, steps // 20, recipe.save_every or steps))
     return dict(
         output_dir=str(out / "checkpoints"),
@@ -201,7 +204,6 @@ def training_arguments(recipe: StageRecipe, out: Path, steps: int, *, on_cpu: bo
         max_grad_norm=recipe.max_grad_norm,
         use_cpu=on_cpu,
         bf16=not on_cpu if recipe.bf16 is None else recipe.bf16,
-        activation_checkpointing=False,
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
         prediction_loss_only=True,
@@ -210,7 +212,7 @@ def training_arguments(recipe: StageRecipe, out: Path, steps: int, *, on_cpu: bo
         save_strategy="no" if recipe.save_every is None else "steps",
         save_steps=max(every, (recipe.save_every or 500) // every * every),  # at a report, where means begin anew
         save_total_limit=2,
-        eval_strategy="no" if recipe.evaluate_every is None else "steps",
+        eval_strategy="no" if recipe.evaluate_every is None or not ready.held_out else "steps",
         eval_steps=recipe.evaluate_every,
         logging_steps=every,
         logging_first_step=True,
@@ -240,7 +242,7 @@ def callbacks(recipe: StageRecipe, out: Path, ready: Ready, log: Log) -> list[Tr
 
 def fit(recipe: StageRecipe, out: Path, ready: Ready, log: RunLog) -> dict[str, float]:
     """Trains what is ready. Arguments, result and errors as of `stage_run.run`."""
-    model, on_cpu = ready.model, ready.model.device.type == "cpu"
+    model = ready.model
     steps = recipe.count(len(ready.train))
     if steps == 0:
         return {"steps": 0.0}
@@ -272,7 +274,7 @@ def fit(recipe: StageRecipe, out: Path, ready: Ready, log: RunLog) -> dict[str, 
     numbered = Numbered(data)
     trainer = StageTrainer(
         model=model,
-        args=TrainingArguments(**training_arguments(recipe, out, steps, on_cpu=on_cpu)),
+        args=on_one_gpu(TrainingArguments(**training_arguments(recipe, out, steps, ready))),
         train_dataset=numbered,
         eval_dataset=Numbered(measured) if ready.held_out else None,
         data_collator=Numbered.collator(collator),
@@ -307,20 +309,19 @@ def conduct(trainer: Trainer, recipe: StageRecipe, ready: Ready, told: Log, last
     trainer.remove_callback(PrinterCallback)
     if not sys.stderr.isatty():
         trainer.remove_callback(ProgressCallback)
-    if trainer.args.n_gpu > 1:  # several GPUs in one process would be DataParallel, which splits what cannot be split
-        trainer.args._n_gpu = 1
     # Not by `evaluate`, after which several processes would train each by itself. A run that goes on has it in its log.
     trainer.args.eval_on_start = bool(ready.held_out) and last is None
     if last is not None:
         told.remember()
     figures: dict[str, float] = {}
     try:
-        trainer.train(resume_from_checkpoint=last)
-        if isinstance(trainer, SafeTrainer):
-            trainer.check()
-        if ready.held_out:
-            figures["held_out"] = trainer.evaluate()["eval_loss"]
-            figures = {"held_out_before": told.first["eval_loss"]} | figures
+        with touched(trainer, ready.model):
+            trainer.train(resume_from_checkpoint=last)
+            if isinstance(trainer, SafeTrainer):
+                trainer.check()
+            if ready.held_out:
+                figures["held_out"] = trainer.evaluate()["eval_loss"]
+                figures = {"held_out_before": told.first["eval_loss"]} | figures
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise OutOfMemoryError(
             f"not enough memory ({str(error).splitlines()[0][:160]}); lower batch_size ({recipe.batch_size}) and raise "

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, cast
@@ -261,6 +261,21 @@ class SafeTrainer(WholeCheckpoints):
         )
 
 
+def on_one_gpu(arguments: Any) -> Any:
+    """The same `TrainingArguments`, before a trainer takes them: several GPUs that one process sees would multiply its
+    batches and be `DataParallel`, which splits what cannot be split."""
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1
+    return arguments
+
+
+def touched(trainer: Trainer, module: nn.Module) -> AbstractContextManager[None]:
+    """`touching` a module that is trained, where processes reduce the gradients that each of them has."""
+    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        return nullcontext()
+    return touching(module, autocast=torch.bfloat16 if trainer.is_deepspeed_enabled and trainer.args.bf16 else None)
+
+
 def _is_of_disk(error: Exception) -> bool:
     """torch and safetensors tell a failed write by messages alone."""
     told = str(error)
@@ -349,12 +364,10 @@ def fit(
         dataloader_pin_memory=torch.cuda.is_available(),
         dataloader_drop_last=True,
     )
-    if arguments.n_gpu > 1:  # several GPUs in one process would be DataParallel, which splits what cannot be split
-        arguments._n_gpu = 1
     numbered = Numbered(data)
     trainer = SafeTrainer(
         model=module,
-        args=arguments,
+        args=on_one_gpu(arguments),
         train_dataset=numbered,
         data_collator=Numbered.collator(collator),
         callbacks=[Watch(log)],
@@ -374,7 +387,7 @@ def fit(
     if last is not None and int(last.name.split("-")[1]) >= steps:
         trainer._load_from_checkpoint(str(last))
     else:
-        with touching(module) if trainer.is_fsdp_enabled else nullcontext():
+        with touched(trainer, module):
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
         trainer.check()
     whole(module).eval()

@@ -1,9 +1,6 @@
 """Options of stages: the diffusion loss, resolution, going on, and what is told while a stage runs."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,11 +17,10 @@ from anygen.features import Condition
 from anygen.generators.denoising import snr_weights
 from anygen.media import Video
 from anygen.model import AnyGenOutput
-from anygen.training import decoder_alignment, encoder_alignment, instruction_tuning, recipes
+from anygen.training import decoder_alignment, encoder_alignment, instruction_tuning
 from anygen.training.decoder_alignment import DecoderAlignmentRecipe
 from anygen.training.encoder_alignment import EncoderAlignmentRecipe
 from anygen.training.instruction_tuning import InstructionTuningRecipe
-from anygen.training.recipes import run
 from anygen.training.stage_trainer import StageTrainer, diffusion
 
 
@@ -138,25 +134,6 @@ def test_a_run_that_is_killed_and_goes_on_ends_as_one_that_never_stopped(
     other = replace(recipe, trains=("output_projectors", "signal_tokens"))
     with pytest.raises(CheckpointError, match=r"checkpoint-8 is of another run: trains was \[\], is \['output_proj"):
         decoder_alignment.train(other, tmp_path / "parts")
-
-
-def test_two_processes_learn_as_one_does(user_model: Path, user_data: Path, tmp_path: Path) -> None:
-    """Through the command line and gloo; with media, words and conditions, measured before, between and after."""
-    recipe = tmp_path / "r.yaml"
-    recipe.write_text(
-        f"kind: instruction_tuning\nmodel: {user_model}\ndata: {user_data / 'chats.jsonl'}\nout: {tmp_path / 'one'}\n"
-        f"cache: {user_data / 'cache'}\npeft: {{kind: lora, rank: 2}}\nsteps: 3\nbatch_size: 4\nheld_out: 0.2\n"
-        "evaluate_every: 2\nlearning_rate: 0.01\nreport_to: []\n"
-    )
-    run(recipe)
-    config = Path(recipes.__file__).parent / "accelerate" / "ddp.yaml"
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), "--num_processes", "2"]
-    command = [*launch, "-m", "anygen", "train", str(recipe), f"out={tmp_path / 'two'}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
-    for name in ("loss", "eval_loss", "grad_norm"):
-        np.testing.assert_allclose(curve(tmp_path / "two", name), curve(tmp_path / "one", name), rtol=2e-4)
 
 
 def test_fewer_activations_are_kept_and_the_loss_is_the_same(user_model: Path, user_data: Path, tmp_path: Path) -> None:

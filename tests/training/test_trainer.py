@@ -78,7 +78,8 @@ def launch(before: list[str], case: dict[str, Any], out: Path, *more: str) -> su
     out.mkdir(parents=True)
     (out / "case").write_bytes(pickle.dumps(case))
     command = [sys.executable, *before, str(HERE / "run_fit.py"), str(out / "case"), str(out), *more]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=env)
 
 
@@ -150,7 +151,7 @@ def test_two_processes_give_the_curve_and_the_weights_of_one(
             assert step == other_step and other == pytest.approx(loss, rel=2e-4)
         weights = torch.load(tmp_path / "two" / str(number) / "trained.pt", weights_only=True)
         for one, other in zip(trained, weights, strict=True):
-            torch.testing.assert_close(other, one.detach(), rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(other, one.detach().cpu(), rtol=1e-3, atol=1e-4)
 
 
 def test_a_checkpoint_of_shards_that_is_missing_or_does_not_fit_is_told(group: None, tmp_path: Path) -> None:

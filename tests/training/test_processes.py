@@ -1,0 +1,68 @@
+"""Every stage of training on two processes, as a user starts them, gives what one process does."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from anygen.component import read_safetensors
+from anygen.training import recipes, stage_trainer
+from anygen.training.recipes import run
+from anygen.training.sharding import touching
+
+STAGES = {
+    "encoder_alignment": "data: {image: DATA/pairs.jsonl}\nbatch_size: 4\n",
+    "decoder_alignment": "captions: {audio: DATA/captions.txt}\nbatch_size: 2\n",
+    "instruction_tuning": "data: DATA/chats.jsonl\npeft: {kind: lora, rank: 2}\nbatch_size: 4\n"
+    "trains: [llm, ROWS input_projectors, output_projectors]\n",
+    "preference_tuning": "data: DATA/wanted.jsonl\npeft: {kind: lora, rank: 2}\nbatch_size: 2\n",
+}
+CASES = [("ddp", stage) for stage in STAGES]
+CASES += [("fsdp2", "instruction_tuning"), ("deepspeed", "instruction_tuning"), ("deepspeed", "preference_tuning")]
+
+
+def curve(out: Path, name: str) -> list[float]:
+    rows = [json.loads(line) for line in (out / "training.jsonl").read_text().splitlines()]
+    return [row[name] for row in rows if name in row]
+
+
+@pytest.mark.parametrize(("config", "stage"), CASES)
+def test_two_processes_learn_as_one_does(
+    config: str, stage: str, user_model: Path, user_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the command line; with media, words and conditions, measured before, between and after."""
+    rows = "signal_tokens,"
+    if config == "deepspeed":
+        pytest.importorskip("deepspeed", reason="DeepSpeed is no part of anygen")
+    elif config == "fsdp2":
+        if torch.cuda.device_count() < 2:
+            pytest.skip("accelerate shards on accelerators alone; test_trainer.py has it on CPUs")
+        rows = ""  # single rows cannot be sharded
+    if config != "ddp":  # there what a whole batch lacks has a gradient of zero, which AdamW does not take for none
+        monkeypatch.setattr(stage_trainer, "touched", lambda _, model: touching(model))
+    recipe = tmp_path / "r.yaml"
+    told = STAGES[stage].replace("DATA", str(user_data)).replace("ROWS", rows)
+    recipe.write_text(
+        f"kind: {stage}\nmodel: {user_model}\nout: {tmp_path / 'one'}\ncache: {user_data / 'cache'}\n{told}"
+        "steps: 3\nheld_out: 0.35\nevaluate_every: 2\nlearning_rate: 0.01\nreport_to: []\n"
+    )
+    run(recipe)
+    file = Path(recipes.__file__).parent / "accelerate" / f"{config}.yaml"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file), "--num_processes", "2"]
+    command = [*launch, "-m", "anygen", "train", str(recipe), f"out={tmp_path / 'two'}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    on_gpu = torch.cuda.is_available()  # there the LLM is held in bfloat16, with DeepSpeed all weights are
+    for name in ("loss", "eval_loss") if on_gpu else ("loss", "eval_loss", "grad_norm"):
+        close = 5e-2 if on_gpu else 2e-4
+        np.testing.assert_allclose(curve(tmp_path / "two", name), curve(tmp_path / "one", name), rtol=close)
+    one, two = (read_safetensors(tmp_path / out / "model", "projectors") for out in ("one", "two"))
+    for name, value in one.items():
+        assert value.dtype == two[name].dtype
+        torch.testing.assert_close(two[name], value, rtol=1e-2, atol=2e-2 if on_gpu else 2e-4)
