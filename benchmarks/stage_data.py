@@ -60,8 +60,7 @@ def make_data(folder: Path, sets: Path, rows: int, device: torch.device) -> None
     talk = answered(llm, Conversations(wishes, [], SEED + 1, {"talk": 1.0}), rows // 16)
     write(folder / "chats.jsonl", [{"messages": [plain(m) for m in chat]} for chat in chats])
     write(folder / "talk.jsonl", [{"messages": [plain(m) for m in chat]} for chat in talk])
-    mixture = {kind: share for kind, share in MIXTURE.items() if kind in ("make", "ask", "again", "change", "into")}
-    asked = answered(llm, Conversations(wishes, everything, SEED + 2, mixture), rows // 5)
+    asked = answered(llm, Conversations(wishes, everything, SEED + 2, mixture, opened), rows // 5)
     pairs = [pair(chat, rng.choice(asked)[-1], rng) for chat in [*asked, *talk[: rows // 20]]]
     write(folder / "preferences.jsonl", [one for one in pairs if one["chosen"] != one["rejected"]])
 

@@ -63,7 +63,7 @@ STAGES = {
         ("data.image=pictures.jsonl",),
         (
             'questions.image=["What is this?", "What do you see?", "Name this.", "What is shown here?"]',
-            "learning_rate=1.0e-4",
+            "learning_rate=2.0e-5",
         ),
     ),
     "decoder_alignment": Stage(
@@ -72,8 +72,8 @@ STAGES = {
         ("answer=Here is {caption}.", "learning_rate=2.0e-5", "batch_size=32"),
     ),
     "instruction_tuning": Stage("instruction-tuning", CHATS, (*GENTLE, "learning_rates.llm=1.0e-5")),
-    "one_stage": Stage("one-stage", CHATS, (*GENTLE, "learning_rates.llm=5.0e-6")),
-    "preference_tuning": Stage("preference-tuning", ("data=preferences.jsonl",), ()),
+    "one_stage": Stage("one-stage", CHATS, (*GENTLE, "learning_rates.llm=1.0e-6", "text_share=0.3")),
+    "preference_tuning": Stage("preference-tuning", ("data=preferences.jsonl",), ("learning_rate=5.0e-6",)),
 }
 EVERYTHING = ("image", "modality", "naming", "talk", "controls", "audio", "video", "matrix")
 HANGS_ON = {
@@ -187,7 +187,8 @@ class Bench:
             if not kept.exists():
                 more = [] if limit is None else ["--limit", str(limit)]
                 more += [] if self.options.device is None else ["--device", self.options.device]
-                command = ["eval", "mini", "--model", model, "--only", row, "--json", "--data"]
+                more += [] if self.options.batch_size is None else ["--batch-size", str(self.options.batch_size)]
+                command = ["eval", "mini", "--model", model, "--only", row, "--dtype", "float32", "--json", "--data"]
                 printed = self.anygen([*command, str(self.options.sets / "icons"), *more], kept.with_suffix(".log"))
                 kept.write_text(printed, encoding="utf-8")
         return json.loads(kept.read_text(encoding="utf-8"))["rows"]
@@ -234,6 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, help="of every stage; default: the recipe's")
     parser.add_argument("--limit", type=int, help="cases a row; default: all")
     parser.add_argument("--only", action="append", metavar="ROW", help="measures this row alone; may be repeated")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="cases at once; default: the evaluation's")
     parser.add_argument("--device", help="default: CUDA where it is")
     parser.add_argument("--jobs", type=int, default=1, help="commands side by side (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")

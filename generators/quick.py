@@ -15,7 +15,7 @@ from torch import nn
 
 from anygen import compiling
 from anygen.errors import ConfigError
-from anygen.generators import group_norm, short_attention
+from anygen.generators import channels_last, group_norm, short_attention
 from anygen.graphs import Capture, Graphed, PooledCapture
 
 Compile = Literal["blocks", "whole"]
@@ -24,16 +24,22 @@ BLOCKS = frozenset(
         "Attention",
         "BasicTransformerBlock",
         "ChannelwiseGroupNorm",
+        "CrossAttnUpBlock2D",
         "Downsample2D",
         "HifiGanResidualBlock",
+        "LastTransformer2D",
+        "LastTransformerTemporal",
+        "RepeatingUpsample2D",
         "ResnetBlock2D",
         "TemporalConvLayer",
         "Transformer2DModel",
         "TransformerTemporalModel",
+        "UpBlock2D",
         "Upsample2D",
     }
 )
-"""Classes of diffusers and transformers that are compiled where they are outermost."""
+"""Classes of diffusers and transformers that are compiled where they are outermost. Blocks of a UNet's way up are so as
+wholes, as what they join is then copied by what reads it: 4 % of an image UNet's kernels."""
 
 
 def check_compile(compile: bool | str) -> Compile | None:
@@ -56,8 +62,8 @@ class Quick:
         models: name -> a model of diffusers or transformers; each is called as a whole.
         graphs: captures each model's calls, shape by shape.
         compile: "blocks" compiles what repeats, "whole" each model at once: longer, and a little faster.
-        layout: puts weights of convolutions into channels-last order, and reads normalisations in between channel by
-            channel. Only compiled code gains: uncompiled, they are computed, and left, in the usual order.
+        layout: puts weights of convolutions into channels-last order, and what is between them into layers that keep
+            it. Only compiled code gains: uncompiled, normalisations are computed, and left, in the usual order.
         capture: how graphs are captured; by default in a pool of memory for all of them.
     """
 
@@ -75,12 +81,13 @@ class Quick:
         self.graphs: list[Graphed] = []
         for name, model in self.models.items():
             if layout:
-                channels_last(model)
+                order(model)
             forward: Any = model.forward
             if compile is not None:
                 fuse(model)
                 if layout:
                     group_norm.adopt(model)
+                    channels_last.adopt(model)
             short_attention.adopt(model)
             if compile == "whole":
                 forward = compiling.compiled(forward, **compiling.BLOCK_OPTIONS)
@@ -104,6 +111,7 @@ class Quick:
             short_attention.release(model)
             unfuse(model)
             group_norm.release(model)
+            channels_last.release(model)
         self.graphs.clear()
 
 
@@ -128,7 +136,7 @@ def outermost(model: nn.Module) -> Iterable[nn.Module]:
             yield from outermost(child)
 
 
-def channels_last(model: nn.Module) -> None:
+def order(model: nn.Module) -> None:
     """Puts channels last in the weights of convolutions; what they return follows.
 
     Where frames fold into the batch and out again, both orders are then the same memory and nothing is copied.

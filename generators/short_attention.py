@@ -49,5 +49,5 @@ def release(model: nn.Module) -> None:
 
 
 def _attentions(model: nn.Module) -> list[Any]:
-    temporal = [module for module in model.modules() if type(module).__name__ == TEMPORAL]
+    temporal = [m for m in model.modules() if TEMPORAL in {kind.__name__ for kind in type(m).__mro__}]
     return [m for layer in temporal for m in layer.modules() if hasattr(m, "processor") and hasattr(m, "heads")]

@@ -37,7 +37,7 @@ from anygen.training.data_rows import Rows, Source, read
 from anygen.training.instruction_tuning import sources
 from anygen.training.loop import RunLog, is_main, wait
 from anygen.training.stage import Prepared, Ready, StageRecipe, make_ready
-from anygen.training.stage_data import Item, as_features, item, learn
+from anygen.training.stage_data import Item, as_features, item, learn, to
 from anygen.training.stage_run import begin_log, save, tell_parameters
 from anygen.training.stage_trainer import Log, callbacks, conduct, identity, optimizer, training_arguments
 from anygen.training.trainable import PARTS
@@ -135,6 +135,7 @@ class PreferenceModel(PreTrainedModel):
             labels: long[2B, T], -100 where nothing was chosen.
             media: as for `AnyGenModel.forward`.
         """
+        media = to(media, input_ids.device)  # a trainer moves tensors alone
         hidden = self.inner(input_ids, attention_mask, media=media).hidden_states
         wanted = labels[:, 1:] != IGNORED
         logits = self.inner.logits(hidden[:, :-1][wanted])
