@@ -180,18 +180,29 @@ class Bench:
         return {"stage": name, "changed": changed, "untouched": untouched, "figures": figures, "rows": compared}
 
     def measure(self, model: str, name: str, row: str) -> list[dict[str, Any]]:
-        """Rows of `anygen eval mini --only ROW`, kept under the model's name."""
-        limit = self.options.limit
-        kept = self.out / "measured" / f"{name}-{row}-{'all' if limit is None else limit}.json"
-        with self.locks[str(kept)]:
-            if not kept.exists():
-                more = [] if limit is None else ["--limit", str(limit)]
-                more += [] if self.options.device is None else ["--device", self.options.device]
-                more += [] if self.options.batch_size is None else ["--batch-size", str(self.options.batch_size)]
-                command = ["eval", "mini", "--model", model, "--only", row, "--dtype", "float32", "--json", "--data"]
-                printed = self.anygen([*command, str(self.options.sets / "icons"), *more], kept.with_suffix(".log"))
-                kept.write_text(printed, encoding="utf-8")
-        return json.loads(kept.read_text(encoding="utf-8"))["rows"]
+        """Rows of `anygen eval mini --only ROW`, of all seeds together, kept under the model's name."""
+        limit, made = self.options.limit, []
+        for seed in range(self.options.seeds):
+            kept = self.out / "measured" / f"{name}-{row}-{'all' if limit is None else limit}-{seed}.json"
+            with self.locks[str(kept)]:
+                if not kept.exists():
+                    kept.write_text(self.evaluated(model, row, seed, kept.with_suffix(".log")), encoding="utf-8")
+            made.append(json.loads(kept.read_text(encoding="utf-8"))["rows"])
+        return [together(rows) for rows in zip(*made, strict=True)]
+
+    def evaluated(self, model: str, row: str, seed: int, log: Path) -> str:
+        """What `anygen eval mini` prints of a row."""
+        options = self.options
+        told = {"--limit": options.limit, "--device": options.device, "--batch-size": options.batch_size}
+        more = [word for name, value in told.items() if value is not None for word in (name, str(value))]
+        where = ["--model", model, "--data", str(options.sets / "icons"), "--seed", str(seed)]
+        return self.anygen(["eval", "mini", "--only", row, "--dtype", "float32", "--json", *where, *more], log)
+
+
+def together(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One row of several seeds, each case counting alike."""
+    cases = sum(row["cases"] for row in rows)
+    return dict(rows[0]) | {"cases": cases, "value": sum(row["value"] * row["cases"] for row in rows) / max(1, cases)}
 
 
 def show(found: Mapping[str, Any]) -> None:
@@ -234,6 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=7680, help="pictures of the data (default: %(default)s)")
     parser.add_argument("--steps", type=int, help="of every stage; default: the recipe's")
     parser.add_argument("--limit", type=int, help="cases a row; default: all")
+    parser.add_argument("--seeds", type=int, default=1, help="of cases, counted together (default: %(default)s)")
     parser.add_argument("--only", action="append", metavar="ROW", help="measures this row alone; may be repeated")
     parser.add_argument("--batch-size", type=int, metavar="N", help="cases at once; default: the evaluation's")
     parser.add_argument("--device", help="default: CUDA where it is")
@@ -249,15 +261,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"anygen {shlex.join(command)}", file=sys.stderr if options.json else sys.stdout, flush=True)
     if not (options.run or options.measure):
         return 0
-    bench = Bench(options)
+    bench, found, failed = Bench(options), [], []
     with ThreadPoolExecutor(len(options.stages)) as pool:
-        found = list(pool.map(bench.stage, options.stages))
+        for running in [pool.submit(bench.stage, name) for name in options.stages]:
+            try:
+                found.append(running.result())
+            except SystemExit as error:  # the others count all the same
+                failed.append(str(error))
     if options.json:
         print(json.dumps({"machine": machine(), "limit": options.limit, "stages": found}))
     else:
         for one in found:
             show(one)
-    return int(any(row["difference"] < -WORST for one in found for row in one["rows"]))
+    for error in failed:
+        print(error, file=sys.stderr)
+    return int(bool(failed) or any(row["difference"] < -WORST for one in found for row in one["rows"]))
 
 
 if __name__ == "__main__":

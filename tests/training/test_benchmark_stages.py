@@ -83,3 +83,37 @@ def test_every_command_is_a_recipe_that_reads(stages: Any, tmp_path: Path, monke
         assert command[0] == "train"
         (run,) = read(Path(command[1]), command[2:])
         assert run.recipe.to_dict()["steps"] == 7 and str(run.out).startswith(str(tmp_path / "out"))
+
+
+def test_seeds_are_counted_together_and_a_stage_that_fails_leaves_the_others(
+    stages: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The commands themselves are not run; what they would print and write is."""
+    calls: list[list[str]] = []
+
+    def anygen(self: Any, arguments: list[str], log: Path) -> str:
+        calls.append(list(arguments))
+        if arguments[0] == "train":
+            out = Path(next(word for word in arguments if word.startswith("out="))[4:])
+            if "preference" in arguments[1]:
+                raise SystemExit("preference tuning failed")
+            (out / "model").mkdir(parents=True)
+            (out / "training.jsonl").write_text('{"final": true, "loss": 0.5}\n')
+            return ""
+        hit = {"0": (3, 4), "1": (1, 2)}[arguments[arguments.index("--seed") + 1]]
+        worse = "anygen-mini" not in arguments
+        log.parent.mkdir(parents=True, exist_ok=True)
+        return json.dumps({"rows": [{"name": "row", "unit": "", "cases": hit[1], "value": (hit[0] - worse) / hit[1]}]})
+
+    monkeypatch.setattr(stages, "make_data", lambda *_: None)
+    monkeypatch.setattr(stages.Bench, "anygen", anygen)
+    monkeypatch.setattr(stages, "digests", lambda folder: {"adapter": str("runs" in str(folder))})
+    told = ["--run", "encoder_alignment,preference_tuning", "--only", "talk", "--seeds", "2", "--json"]
+    assert stages.main([*told, "--out", str(tmp_path / "runs")]) == 1
+    printed = capsys.readouterr()
+    (found,) = json.loads(printed.out)["stages"]
+    assert "preference tuning failed" in printed.err and found["stage"] == "encoder_alignment"
+    (row,) = found["rows"]
+    assert row["cases"] == 6 and row["before"] == pytest.approx(4 / 6) and row["after"] == pytest.approx(2 / 6)
+    assert row["difference"] == pytest.approx(-100 * 2 / 6)
+    assert all("float32" in call for call in calls if call[0] == "eval")
