@@ -2,9 +2,12 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,6 +34,21 @@ def curve(out: Path, name: str) -> list[float]:
     return [row[name] for row in rows if name in row]
 
 
+def start(config: str, recipe: Path, out: Path) -> subprocess.Popen[str]:
+    """Two processes of a run."""
+    file = Path(recipes.__file__).parent / "accelerate" / f"{config}.yaml"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file), "--num_processes", "2"]
+    command = [*launch, "-m", "anygen", "train", str(recipe), f"out={out}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
+
+
+def finished(running: subprocess.Popen[str]) -> None:
+    said, _ = running.communicate(timeout=240)
+    assert running.returncode == 0, said[-4000:]
+
+
 @pytest.mark.parametrize(("config", "stage"), CASES)
 def test_two_processes_learn_as_one_does(
     config: str, stage: str, user_model: Path, user_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -45,19 +63,14 @@ def test_two_processes_learn_as_one_does(
         rows = ""  # single rows cannot be sharded
     if config != "ddp":  # there what a whole batch lacks has a gradient of zero, which AdamW does not take for none
         monkeypatch.setattr(stage_trainer, "touched", lambda _, model: touching(model))
-    recipe = tmp_path / "r.yaml"
     told = STAGES[stage].replace("DATA", str(user_data)).replace("ROWS", rows)
+    recipe = tmp_path / "r.yaml"
     recipe.write_text(
         f"kind: {stage}\nmodel: {user_model}\nout: {tmp_path / 'one'}\ncache: {user_data / 'cache'}\n{told}"
         "steps: 3\nheld_out: 0.35\nevaluate_every: 2\nlearning_rate: 0.01\nreport_to: []\n"
     )
     run(recipe)
-    file = Path(recipes.__file__).parent / "accelerate" / f"{config}.yaml"
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file), "--num_processes", "2"]
-    command = [*launch, "-m", "anygen", "train", str(recipe), f"out={tmp_path / 'two'}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
-    assert done.returncode == 0, done.stderr[-4000:]
+    finished(start(config, recipe, tmp_path / "two"))
     on_gpu = torch.cuda.is_available()  # there the LLM is held in bfloat16, with DeepSpeed all weights are
     for name in ("loss", "eval_loss") if on_gpu else ("loss", "eval_loss", "grad_norm"):
         close = 5e-2 if on_gpu else 2e-4
@@ -66,3 +79,25 @@ def test_two_processes_learn_as_one_does(
     for name, value in one.items():
         assert value.dtype == two[name].dtype
         torch.testing.assert_close(two[name], value, rtol=1e-2, atol=2e-2 if on_gpu else 2e-4)
+
+
+def test_two_processes_that_are_killed_go_on_bit_for_bit(user_model: Path, user_data: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"kind: preference_tuning\nmodel: {user_model}\ndata: {user_data / 'wanted.jsonl'}\nsteps: 30\nbatch_size: 2\n"
+        f"cache: {user_data / 'cache'}\npeft: {{kind: lora, rank: 2}}\nsave_every: 4\nlearning_rate: 0.01\n"
+        "held_out: 0.35\nreport_to: []\n"
+    )
+    finished(start("ddp", recipe, tmp_path / "whole"))
+    cut = start("ddp", recipe, tmp_path / "cut")
+    try:
+        while cut.poll() is None and not (tmp_path / "cut" / "checkpoints" / "checkpoint-8").exists():
+            time.sleep(0.01)
+        assert cut.poll() is None, cut.communicate()[0][-4000:]
+    finally:
+        os.killpg(cut.pid, signal.SIGKILL)
+    cut.communicate()
+    finished(start("ddp", recipe, tmp_path / "cut"))
+    assert curve(tmp_path / "cut", "loss") == curve(tmp_path / "whole", "loss")
+    one, two = (read_safetensors(tmp_path / out / "model", "signal_tokens") for out in ("whole", "cut"))
+    assert all(torch.equal(two[name], value) for name, value in one.items())
