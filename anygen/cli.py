@@ -167,7 +167,12 @@ def _add_eval(commands: Any) -> None:
     command = _command(commands, "eval", "measures a model and prints one table", "anygen.cli_train:evaluate")
     command.add_argument("suite", metavar="SUITE", help="mini")
     _add_model(command)
-    command.add_argument("--dtype", metavar="NAME", help="by default bfloat16 on CUDA, float32 elsewhere")
+    command.add_argument(
+        "--dtype",
+        metavar="NAME",
+        default="float32",
+        help="default: %(default)s; in bfloat16 words change with every rounding",
+    )
     command.add_argument("--data", metavar="DIR", default="data/icons", help="the icon set (default: %(default)s)")
     command.add_argument(
         "--only",

@@ -196,7 +196,7 @@ class Bench:
         told = {"--limit": options.limit, "--device": options.device, "--batch-size": options.batch_size}
         more = [word for name, value in told.items() if value is not None for word in (name, str(value))]
         where = ["--model", model, "--data", str(options.sets / "icons"), "--seed", str(seed)]
-        return self.anygen(["eval", "mini", "--only", row, "--dtype", "float32", "--json", *where, *more], log)
+        return self.anygen(["eval", "mini", "--only", row, "--json", *where, *more], log)
 
 
 def together(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
