@@ -15,7 +15,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 
-class LastTransformer2D(Transformer2DModel):
+class ChannelsLastTransformer2D(Transformer2DModel):
     """`Transformer2DModel`, whose result has channels last in memory."""
 
     def _get_output_for_continuous_inputs(
@@ -27,7 +27,7 @@ class LastTransformer2D(Transformer2DModel):
         return (values if self.use_linear_projection else self.proj_out(values)) + residual
 
 
-class LastTransformerTemporal(TransformerTemporalModel):
+class ChannelsLastTransformerTemporal(TransformerTemporalModel):
     """`TransformerTemporalModel`, whose result has channels last in memory."""
 
     def forward(
@@ -76,8 +76,8 @@ class RepeatingUpsample2D(Upsample2D):
 
 
 LAYERS: dict[type, type] = {
-    Transformer2DModel: LastTransformer2D,
-    TransformerTemporalModel: LastTransformerTemporal,
+    Transformer2DModel: ChannelsLastTransformer2D,
+    TransformerTemporalModel: ChannelsLastTransformerTemporal,
     Upsample2D: RepeatingUpsample2D,
 }
 """diffusers' class -> ours."""

@@ -23,12 +23,12 @@ BLOCKS = frozenset(
     {
         "Attention",
         "BasicTransformerBlock",
+        "ChannelsLastTransformer2D",
+        "ChannelsLastTransformerTemporal",
         "ChannelwiseGroupNorm",
         "CrossAttnUpBlock2D",
         "Downsample2D",
         "HifiGanResidualBlock",
-        "LastTransformer2D",
-        "LastTransformerTemporal",
         "RepeatingUpsample2D",
         "ResnetBlock2D",
         "TemporalConvLayer",
@@ -81,7 +81,7 @@ class Quick:
         self.graphs: list[Graphed] = []
         for name, model in self.models.items():
             if layout:
-                order(model)
+                weights_channels_last(model)
             forward: Any = model.forward
             if compile is not None:
                 fuse(model)
@@ -136,7 +136,7 @@ def outermost(model: nn.Module) -> Iterable[nn.Module]:
             yield from outermost(child)
 
 
-def order(model: nn.Module) -> None:
+def weights_channels_last(model: nn.Module) -> None:
     """Puts channels last in the weights of convolutions; what they return follows.
 
     Where frames fold into the batch and out again, both orders are then the same memory and nothing is copied.

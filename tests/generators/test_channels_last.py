@@ -75,7 +75,7 @@ def test_between_a_unet_s_blocks_channels_are_last(kind: type[nn.Module], letter
     given = (torch.randn(2, 4, *frames, 8, 8), 7, torch.randn(2, 5, 8))
     with torch.no_grad():
         wanted = unet(*given).sample
-        quick.order(unet)
+        quick.weights_channels_last(unet)
         adopt(unet)
         first: list[str] = []
 
