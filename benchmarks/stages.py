@@ -73,7 +73,7 @@ STAGES = {
     ),
     "instruction_tuning": Stage("instruction-tuning", CHATS, (*GENTLE, "learning_rates.llm=1.0e-5")),
     "one_stage": Stage("one-stage", CHATS, (*GENTLE, "learning_rates.llm=1.0e-6", "text_share=0.3")),
-    "preference_tuning": Stage("preference-tuning", ("data=preferences.jsonl",), ("learning_rate=5.0e-6",)),
+    "preference_tuning": Stage("preference-tuning", ("data=preferences.jsonl",), ()),
 }
 EVERYTHING = ("image", "modality", "naming", "talk", "controls", "audio", "video", "matrix")
 HANGS_ON = {
