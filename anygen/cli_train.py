@@ -21,7 +21,7 @@ DATASETS = {
 
 def train(options: argparse.Namespace) -> int:
     """Runs a recipe; its log goes to stderr, its last figures to stdout, of several processes the first one's."""
-    from anygen.training.loop import is_main
+    from anygen.training.loop import is_main, leave
     from anygen.training.recipes import dry_run, run
 
     if options.dry_run:
@@ -30,6 +30,7 @@ def train(options: argparse.Namespace) -> int:
         return 0
     with redirect_stdout(sys.stderr), _logged(logging.INFO):
         figures = run(Path(options.recipe), options.overrides)
+    leave()
     if is_main():
         for name, value in figures.items():
             print(f"{name}: {value:.6g}")

@@ -49,7 +49,7 @@ class Net(nn.Module):
 
 def main(case: str, out: str, kill_at: str = "0") -> None:
     """Trains the case's module, and writes what trained to OUT/trained.pt; killed, if so wanted, in the middle."""
-    from anygen.training.loop import RunLog, is_main
+    from anygen.training.loop import RunLog, is_main, leave
     from anygen.training.trainer import SafeTrainer, fit
 
     told: dict[str, Any] = pickle.loads(Path(case).read_bytes())
@@ -72,6 +72,7 @@ def main(case: str, out: str, kill_at: str = "0") -> None:
         if is_main():
             made = [p.detach().cpu() for p in module.parameters() if p.requires_grad]  # sharding replaced them
             torch.save(made, folder / "trained.pt")
+    leave()
 
 
 def shard_on_cpu() -> None:
