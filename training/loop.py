@@ -45,10 +45,9 @@ def wait() -> None:
 
 def leave() -> None:
     """Ends the group of a run's processes together: one that is torn down while another still talks may abort."""
-    if world_size() > 1:
+    if world_size() > 1 and torch.distributed.is_initialized():
         wait()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        torch.distributed.destroy_process_group()
 
 
 Train = TypeVar("Train", bound=Callable[..., Any])

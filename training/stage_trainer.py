@@ -23,7 +23,7 @@ from anygen.training.sharding import check_shardable, name_layers, whole
 from anygen.training.stage import Ready, StageRecipe
 from anygen.training.stage_data import Collator, Item, Mixed, arguments, to
 from anygen.training.trainable import groups
-from anygen.training.trainer import ITEMS, LAZY, Numbered, SafeTrainer, on_one_gpu, touched
+from anygen.training.trainer import ITEMS, LAZY, Numbered, SafeTrainer, on_one_gpu, with_equal_gradients
 
 logger = logging.getLogger("anygen.training")
 
@@ -315,7 +315,7 @@ def conduct(trainer: Trainer, recipe: StageRecipe, ready: Ready, told: Log, last
         told.remember()
     figures: dict[str, float] = {}
     try:
-        with touched(trainer, ready.model):
+        with with_equal_gradients(trainer, ready.model):
             trainer.train(resume_from_checkpoint=last)
             if isinstance(trainer, SafeTrainer):
                 trainer.check()

@@ -269,7 +269,7 @@ def on_one_gpu(arguments: Any) -> Any:
     return arguments
 
 
-def touched(trainer: Trainer, module: nn.Module) -> AbstractContextManager[None]:
+def with_equal_gradients(trainer: Trainer, module: nn.Module) -> AbstractContextManager[None]:
     """`touching` a module that is trained, where processes reduce the gradients that each of them has."""
     if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         return nullcontext()
@@ -387,7 +387,7 @@ def fit(
     if last is not None and int(last.name.split("-")[1]) >= steps:
         trainer._load_from_checkpoint(str(last))
     else:
-        with touched(trainer, module):
+        with with_equal_gradients(trainer, module):
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
         trainer.check()
     whole(module).eval()

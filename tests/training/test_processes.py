@@ -62,7 +62,7 @@ def test_two_processes_learn_as_one_does(
             pytest.skip("accelerate shards on accelerators alone; test_trainer.py has it on CPUs")
         rows = ""  # single rows cannot be sharded
     if config != "ddp":  # there what a whole batch lacks has a gradient of zero, which AdamW does not take for none
-        monkeypatch.setattr(stage_trainer, "touched", lambda _, model: touching(model))
+        monkeypatch.setattr(stage_trainer, "with_equal_gradients", lambda _, model: touching(model))
     told = STAGES[stage].replace("DATA", str(user_data)).replace("ROWS", rows)
     recipe = tmp_path / "r.yaml"
     recipe.write_text(
