@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from anygen.environment import home
 from anygen.errors import ConfigError
+from anygen.kept import kept, teach_inductor
 
 BACKEND = "inductor"
 """Of `torch.compile`; tests take one that needs no C++ compiler."""
@@ -43,12 +44,14 @@ def keep_compiled() -> None:
 def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     """`function` compiled for each shape by itself: shapes are few here, and dynamic ones are slower."""
     keep_compiled()
+    teach_inductor()
     return torch.compile(function, **_settings(options))
 
 
 def compile_in_place(block: nn.Module) -> None:
     """As `compiled`, for a module that stays what it is."""
     keep_compiled()
+    teach_inductor()
     block.compile(**_settings(BLOCK_OPTIONS))
 
 
@@ -57,33 +60,9 @@ def _settings(options: dict[str, Any]) -> dict[str, Any]:
     return {"backend": BACKEND, "dynamic": False, "options": chosen}
 
 
-@torch.library.custom_op("anygen::kept", mutates_args=())
-def kept(values: Tensor) -> Tensor:
-    """The values, computed once. Inductor computes what a product of one row reads anew for each of its outputs: of
-    activations with an exponential in them that takes longer than reading the weights."""
-    return values.clone()
-
-
-@kept.register_fake
-def _(values: Tensor) -> Tensor:
-    return torch.empty_like(values)
-
-
-def _teach_inductor() -> None:
-    """To inductor `kept` copies nothing."""
-    from torch._inductor import lowering
-
-    if torch.ops.anygen.kept.default not in lowering.lowerings:
-        lowering.register_lowering(torch.ops.anygen.kept.default, type_promotion_kind=None)(_realised)
-
-
-def _realised(values: Any) -> Any:
-    values.realize()
-    return values
-
-
 class _KeptLinear(nn.Linear):
-    """A product of what is computed once."""
+    """A product of what is computed once. Inductor computes what a product of one row reads anew for each of its
+    outputs: of activations with an exponential in them that takes longer than reading the weights."""
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(kept(input), self.weight, self.bias)
@@ -135,7 +114,6 @@ class CompiledLayers:
             kwargs[cache_name] = columns
             return plain(layer, *args, **kwargs)
 
-        _teach_inductor()
         self._forward = (compiler or compiled)(forward, **LAYER_OPTIONS)
         inner = [module for layer in self.layers for module in layer.modules()]
         self._numbered = [module for module in inner if isinstance(_number(module), int)]

@@ -160,7 +160,7 @@ class Bench:
         self.built = time.perf_counter() - begin
         self.letter: int = self.model.llm.tokenizer("a")["input_ids"][0]  # type: ignore[index]
         self.pipe = self.pipeline()
-        self.flops = self.bandwidth = 0.0
+        self.flops = self.sustained = self.bandwidth = 0.0
         """Of the device; measured by `ceilings`."""
         self.seconds: dict[tuple[str, int], float] = {}
         """(what, steps) -> seconds of a request."""
@@ -230,12 +230,16 @@ class Bench:
             values = torch.zeros(self.size.read)
         spent = self.best(lambda: side @ side)
         self.flops = 2 * self.size.matmul**3 / spent
+        count = 1 + int(self.size.sustained / spent)
+        self.sustained = self.flops * spent * count / self.timed(lambda: [side @ side for _ in range(count)])
         rows, copy = values.view(-1, 2**14), torch.empty_like(values)
         reading = values.nbytes / min(self.best(lambda: rows.amax(1)), self.best(lambda: rows.sum(1)))
         self.bandwidth = max(reading, 2 * values.nbytes / self.best(lambda: copy.copy_(values)))
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         yield Row("matrix product", self.flops / 1e12, "TFLOP/s", note=f"{self.size.matmul} cubed, {self.dtype}")
+        told = f"the same one for {self.size.sustained:g} s, as long as several media take"
+        yield Row("matrix product, sustained", self.sustained / 1e12, "TFLOP/s", note=told)
         yield Row("memory", self.bandwidth / 1e12, "TB/s", note=f"{values.nbytes / GB:.2f} GB")
 
     def llm(self) -> Iterator[Row]:
@@ -274,7 +278,8 @@ class Bench:
             work = self.work(modality, batch)
             share = work / step / self.flops
             least = 100 * LEAST[modality] if modality in LEAST and batch == (4 if modality == "image" else 1) else None
-            note = f"{work / 1e12:.3g} TFLOP a guided step of {1000 * step:.2f} ms"
+            note = f"{work / 1e12:.3g} TFLOP a guided step of {1000 * step:.2f} ms; "
+            note += f"{100 * work / step / self.sustained:.1f} % of what is sustained"
             yield Row(f"{noun}, UNet, share of the peak", 100 * share, "%", least=least, note=note)
             yield Row(
                 f"{noun}, all but the UNet", 1000 * (whole - FEW * step), "ms", note="decoding, and what surrounds it"

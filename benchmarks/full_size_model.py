@@ -52,6 +52,8 @@ class Size:
     """Tokens of the prefill that is measured."""
     matmul: int = 8192
     """Sides of the matrices whose product is the peak."""
+    sustained: float = 0.4
+    """Seconds for which it is repeated, as a card slows down that takes all its power."""
     read: int = 2**31
     """Numbers that are read to find the bandwidth."""
 
@@ -157,6 +159,7 @@ TINY = Size(
     seconds=0.2,
     prompt=32,
     matmul=256,
+    sustained=0.01,
     read=2**18,
 )
 

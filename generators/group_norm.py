@@ -2,19 +2,24 @@
 
 `F.group_norm` reads a group at a time: with channels last that is a few bytes here and there, and inductor's kernel
 takes a quarter of an image UNet's step and half of a decoder's. Channel by channel the same memory is read in order;
-what groups need follows from a few numbers of each channel.
+what groups need follows from a few numbers of each channel. A channel is read in parts, by as many programs as keep a
+GPU busy, whose numbers are joined with those of its group at once.
 
-Shapes: B rows, C channels, G groups.
+Shapes: B rows, C channels, G groups, P parts.
 """
 
+import math
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+MOST, LEAST = 256, 128
+"""Parts into which a channel's places are split, and places of a part."""
+
 
 def group_norm(values: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """As `torch.nn.functional.group_norm`, with statistics of channels joined to those of groups.
+    """As `torch.nn.functional.group_norm`, with statistics of parts of channels joined to those of groups.
 
     Variances are joined without a difference of large squares (Chan, Golub and LeVeque, 1979), so that nothing is lost
     where the mean is large. Statistics are of float32 at least.
@@ -30,12 +35,14 @@ def group_norm(values: Tensor, groups: int, weight: Tensor | None, bias: Tensor 
         The values' shape, order in memory and dtype.
     """
     wide = values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
-    variance, mean = torch.var_mean(wide, tuple(range(2, values.ndim)), correction=0)
-    variance, mean = variance.unflatten(1, (groups, -1)), mean.unflatten(1, (groups, -1))  # [B, G, C / G]
-    middle = mean.mean(2, keepdim=True)
-    spread = (variance + (mean - middle).square()).mean(2, keepdim=True)
-    scale = (spread + eps).rsqrt().expand_as(mean).flatten(1)  # [B, C]
-    middle = middle.expand_as(mean).flatten(1)
+    parts = wide.flatten(2).unflatten(2, (_parts(math.prod(values.shape[2:])), -1)).permute(0, 2, 3, 1)
+    variance, mean = torch.var_mean(parts, 2, correction=0)  # [B, P, C]
+    variance, mean = (of.unflatten(2, (groups, -1)) for of in (variance, mean))  # [B, P, G, C / G]
+    middle = mean.mean((1, 3))  # [B, G]
+    spread = (variance + (mean - middle.unsqueeze(1).unsqueeze(3)).square()).mean((1, 3))
+    each = (values.shape[0], groups, values.shape[1] // groups)
+    scale = (spread + eps).rsqrt().unsqueeze(2).expand(each).flatten(1)  # [B, C]
+    middle = middle.unsqueeze(2).expand(each).flatten(1)
     if weight is not None:
         scale = scale * weight.to(wide.dtype)
     shift = -middle * scale
@@ -43,6 +50,14 @@ def group_norm(values: Tensor, groups: int, weight: Tensor | None, bias: Tensor 
         shift = shift + bias.to(wide.dtype)
     ones = (1,) * (values.ndim - 2)
     return (wide * scale.unflatten(1, (-1, *ones)) + shift.unflatten(1, (-1, *ones))).to(values.dtype)
+
+
+def _parts(places: int) -> int:
+    """P; without, inductor splits what is long by itself, and joins it in a step of its own."""
+    parts = 1
+    while parts < MOST and places % (2 * parts) == 0 and places // (2 * parts) >= LEAST:
+        parts *= 2
+    return parts
 
 
 class ChannelwiseGroupNorm(nn.GroupNorm):

@@ -57,7 +57,7 @@ def test_a_decoder_without_layers_of_one_kind_is_refused() -> None:
         CompiledLayers(decoder, "cache")
 
 
-def test_what_narrows_is_computed_once_and_inductor_copies_nothing_for_it() -> None:
+def test_what_narrows_reads_what_is_computed_once() -> None:
     layer = nn.Module()
     layer.up, layer.down, layer.square = nn.Linear(4, 8), nn.Linear(8, 4), nn.Linear(4, 4)
     decoder = nn.Module()
@@ -69,15 +69,3 @@ def test_what_narrows_is_computed_once_and_inductor_copies_nothing_for_it() -> N
         kinds = [type(module).__name__ for module in (layer.up, layer.down, layer.square)]
         torch.testing.assert_close(layer.down(values), wanted, rtol=0, atol=0)
     assert kinds == ["Linear", "_KeptLinear", "Linear"] and type(layer.down) is nn.Linear
-    torch.library.opcheck(torch.ops.anygen.kept.default, (values,))
-    from torch._inductor import lowering
-
-    class Box:
-        realized = False
-
-        def realize(self) -> None:
-            self.realized = True
-
-    box = Box()
-    assert compiling._realised(box) is box and box.realized
-    assert torch.ops.anygen.kept.default in lowering.lowerings

@@ -6,13 +6,14 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel, UNet3DConditionModel
+from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.transformers.transformer_temporal import TransformerTemporalModel
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
 from anygen.generators import quick
-from anygen.generators.channels_last import LAYERS, adopt, release
+from anygen.generators.channels_last import LAYERS, NarrowConv2d, adopt, release
 
 SMALL: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 16, "norm_num_groups": 4}
 
@@ -56,6 +57,48 @@ def test_values_are_repeated_as_nearest_neighbours_are(use_conv: bool) -> None:
     values = torch.randn(2, 8, 3, 5)
     torch.testing.assert_close(adopted(plain)(values), plain(values))
     torch.testing.assert_close(adopted(plain)(values, (7, 10)), plain(values, (7, 10)))
+
+
+@pytest.mark.parametrize("narrowing", [True, False])
+def test_a_residual_block_is_diffusers(narrowing: bool) -> None:
+    torch.manual_seed(0)
+    plain = ResnetBlock2D(in_channels=12, out_channels=8 if narrowing else 12, temb_channels=6, groups=4)
+    values, time = torch.randn(2, 12, 4, 6), torch.randn(2, 6)
+    torch.testing.assert_close(adopted(plain)(values, time), plain(values, time))
+
+
+@pytest.mark.parametrize(("kernel", "channels"), [(3, 4), (1, 3), ((5, 3), 1)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_convolution_into_few_channels_is_pytorchs(kernel: Any, channels: int, bias: bool) -> None:
+    torch.manual_seed(0)
+    padding = tuple(side // 2 for side in (kernel if isinstance(kernel, tuple) else (kernel, kernel)))
+    plain = nn.Conv2d(32, channels, kernel, padding=padding, bias=bias).double()
+    model = nn.Sequential(copy.deepcopy(plain))
+    adopt(model)
+    values = torch.randn(2, 32, 5, 7, dtype=torch.float64).to(memory_format=torch.channels_last)
+    assert type(model[0]) is NarrowConv2d
+    torch.testing.assert_close(model(values), plain(values), rtol=1e-9, atol=1e-9)
+    assert model(values).is_contiguous(memory_format=torch.channels_last) or channels == 1
+    release(model)
+    assert type(model[0]) is nn.Conv2d
+
+
+def test_only_convolutions_that_it_computes_become_products() -> None:
+    others: list[dict[str, Any]] = [
+        {"stride": 2, "padding": 1},
+        {"padding": 0},
+        {"padding": 2, "dilation": 2},
+        {"padding": 1, "groups": 2},
+        {"padding": 1, "padding_mode": "circular"},
+        {"padding": "same"},
+    ]
+    model = nn.Sequential(
+        *(nn.Conv2d(32, 4, 3, **other) for other in others),
+        nn.Conv2d(32, 8, 3, padding=1),
+        nn.Conv2d(8, 4, 3, padding=1),
+    )
+    adopt(model)
+    assert {type(module) for module in model} == {nn.Conv2d}
 
 
 @pytest.mark.parametrize(("kind", "letter"), [(UNet2DConditionModel, "2D"), (UNet3DConditionModel, "3D")])

@@ -5,10 +5,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from anygen.generators.group_norm import ChannelwiseGroupNorm, adopt, group_norm, release
+from anygen.generators.group_norm import ChannelwiseGroupNorm, _parts, adopt, group_norm, release
 
 
-@pytest.mark.parametrize("shape", [(2, 12, 5), (2, 12, 4, 6), (1, 12, 3, 4, 5)])
+@pytest.mark.parametrize("shape", [(2, 12, 5), (2, 12, 4, 6), (1, 12, 3, 4, 5), (2, 12, 32, 24)])
 @pytest.mark.parametrize("affine", [True, False])
 def test_it_is_pytorchs(shape: tuple[int, ...], affine: bool) -> None:
     torch.manual_seed(0)
@@ -19,6 +19,10 @@ def test_it_is_pytorchs(shape: tuple[int, ...], affine: bool) -> None:
     for groups in (1, 3, 12):
         made, wanted = (norm(values, groups, weight, bias, 1e-5) for norm in (group_norm, F.group_norm))
         torch.testing.assert_close(made, wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_channels_are_read_in_parts_that_divide_them() -> None:
+    assert [_parts(places) for places in (1, 64, 255, 256, 4096, 384, 2**20)] == [1, 1, 1, 2, 32, 2, 256]
 
 
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
