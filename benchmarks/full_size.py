@@ -18,6 +18,7 @@ import json
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -222,25 +223,30 @@ class Bench:
             )
             yield Row("peak memory, reserved", torch.cuda.max_memory_reserved() / GB, "GB")
 
-    @torch.inference_mode()
     def ceilings(self) -> Iterator[Row]:
         """What the device can."""
+        self._find_ceilings()
+        if self.device.type == "cuda":  # what it took is no part of the peak
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        size = self.size
+        yield Row("matrix product", self.flops / 1e12, "TFLOP/s", note=f"{size.matmul} cubed, {self.dtype}")
+        told = f"the same one for {size.sustained:g} s, as long as several media take"
+        yield Row("matrix product, sustained", self.sustained / 1e12, "TFLOP/s", note=told)
+        yield Row("memory", self.bandwidth / 1e12, "TB/s", note=f"{size.read * self.dtype.itemsize / GB:.2f} GB")
+
+    @torch.inference_mode()
+    def _find_ceilings(self) -> None:
         with made_on(self.device, self.dtype):
             side = torch.randn(self.size.matmul, self.size.matmul)
             values = torch.zeros(self.size.read)
         spent = self.best(lambda: side @ side)
         self.flops = 2 * self.size.matmul**3 / spent
         count = 1 + int(self.size.sustained / spent)
-        self.sustained = self.flops * spent * count / self.timed(lambda: [side @ side for _ in range(count)])
+        self.sustained = self.flops * spent * count / self.timed(lambda: deque((side @ side for _ in range(count)), 0))
         rows, copy = values.view(-1, 2**14), torch.empty_like(values)
         reading = values.nbytes / min(self.best(lambda: rows.amax(1)), self.best(lambda: rows.sum(1)))
         self.bandwidth = max(reading, 2 * values.nbytes / self.best(lambda: copy.copy_(values)))
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        yield Row("matrix product", self.flops / 1e12, "TFLOP/s", note=f"{self.size.matmul} cubed, {self.dtype}")
-        told = f"the same one for {self.size.sustained:g} s, as long as several media take"
-        yield Row("matrix product, sustained", self.sustained / 1e12, "TFLOP/s", note=told)
-        yield Row("memory", self.bandwidth / 1e12, "TB/s", note=f"{values.nbytes / GB:.2f} GB")
 
     def llm(self) -> Iterator[Row]:
         """Prefill and decoding of one prompt."""
