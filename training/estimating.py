@@ -21,14 +21,14 @@ import torch
 from torch import nn
 
 from anygen.llm import LLM
-from anygen.loading import choose_device, choose_dtype, model_directory
+from anygen.loading import choose_device, model_directory
 from anygen.memory_need import model_need
 from anygen.model import ADAPTER, CONFIG, TOKENIZER, AnyGenModel
 from anygen.model_config import AnyGenConfig
 from anygen.model_parts import load_encoder
 from anygen.training.kept_states import constant_states
 from anygen.training.precompute import found
-from anygen.training.stage import Prepare, StageRecipe, trained_encoders
+from anygen.training.stage import Prepare, StageRecipe, llm_dtype, trained_encoders
 from anygen.training.stage_data import Item, learn
 from anygen.training.trainable import Selection, adapt, own_weights, select
 
@@ -78,7 +78,7 @@ def blueprint(directory: Path, config: AnyGenConfig, live: Sequence[str], recipe
     words = directory / TOKENIZER if (directory / TOKENIZER).is_dir() else where
     tokenizer = AutoTokenizer.from_pretrained(words, local_files_only=True)
     told = AutoConfig.from_pretrained(where, local_files_only=True)
-    dtype = choose_dtype(None, choose_device(None))
+    dtype = llm_dtype(recipe, choose_device(None))
     encoders = {m: load_encoder(config.inputs[m].encoder, lambda source: found(directory, source)) for m in live}
     with torch.device("meta"):
         llm = Blueprint(AutoModelForCausalLM.from_config(told, dtype=dtype), cast(Any, tokenizer))

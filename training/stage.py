@@ -77,7 +77,7 @@ class StageRecipe(Config):
     image_size: int | None = None
     """Side in pixels that the encoder of images reads them in, where it can; later stages may take a larger one."""
     bf16: bool | None = None
-    """Mixed precision; None: on a GPU."""
+    """Mixed precision, the LLM held in bfloat16; None: on a GPU. Without, all is float32."""
     activation_checkpointing: bool = False
     """Computes activations of the LLM's layers twice and keeps fewer."""
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
@@ -162,6 +162,12 @@ class Ready:
     lengths: dict[int, int] | None
 
 
+def llm_dtype(recipe: StageRecipe, device: torch.device) -> torch.dtype:
+    """What the LLM's weights are held in: float32 where they train themselves, or where all is to be precise."""
+    whole = any(fnmatchcase("llm.model.", pattern.partition("*")[0] + "*") for pattern in recipe.unfreeze)
+    return torch.float32 if whole or recipe.bf16 is False else choose_dtype(None, device)
+
+
 def make_ready(recipe: StageRecipe, out: Path, prepare: Prepare, trains: Sequence[str]) -> Ready:
     """Data, caches and model, in this order, so that what is wrong is told early. As for `stage_run.run`."""
     directory = model_directory(recipe.model)
@@ -175,11 +181,8 @@ def make_ready(recipe: StageRecipe, out: Path, prepare: Prepare, trains: Sequenc
     features, unread = _features(recipe, out, directory, config, everything, live, device)
     items, text = (without(found, unread, recipe.bad_rows) for found in (prepared.items, prepared.text))
     conditions = _conditions(recipe, out, directory, config, items, device)
-    whole = any(fnmatchcase("llm.model.", pattern.partition("*")[0] + "*") for pattern in recipe.unfreeze)
-    dtype = torch.float32 if whole else choose_dtype(None, device)
-    model = AnyGenModel.from_pretrained(
-        directory, dtype=dtype, device=device, encoders=live, quantization=recipe.peft.quantization
-    )
+    dtype, kind = llm_dtype(recipe, device), recipe.peft.quantization
+    model = AnyGenModel.from_pretrained(directory, dtype=dtype, device=device, encoders=live, quantization=kind)
     if recipe.image_size is not None and "image" in live:
         set_image_size(model.encoders["image"], "image", recipe.image_size)
     model.alignment, model.alignment_weight = recipe.alignment, recipe.alignment_weight

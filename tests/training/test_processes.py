@@ -67,18 +67,16 @@ def test_two_processes_learn_as_one_does(
     recipe = tmp_path / "r.yaml"
     recipe.write_text(
         f"kind: {stage}\nmodel: {user_model}\nout: {tmp_path / 'one'}\ncache: {user_data / 'cache'}\n{told}"
-        "steps: 3\nheld_out: 0.35\nevaluate_every: 2\nlearning_rate: 0.01\nreport_to: []\n"
+        "steps: 3\nheld_out: 0.35\nevaluate_every: 2\nlearning_rate: 0.01\nbf16: false\nreport_to: []\n"
     )
     run(recipe)
     finished(start(config, recipe, tmp_path / "two"))
-    on_gpu = torch.cuda.is_available()  # there the LLM is held in bfloat16, with DeepSpeed all weights are
-    for name in ("loss", "eval_loss") if on_gpu else ("loss", "eval_loss", "grad_norm"):
-        close = 5e-2 if on_gpu else 2e-4
-        np.testing.assert_allclose(curve(tmp_path / "two", name), curve(tmp_path / "one", name), rtol=close)
+    for name in ("loss", "eval_loss", "grad_norm"):
+        np.testing.assert_allclose(curve(tmp_path / "two", name), curve(tmp_path / "one", name), rtol=2e-4)
     one, two = (read_safetensors(tmp_path / out / "model", "projectors") for out in ("one", "two"))
     for name, value in one.items():
         assert value.dtype == two[name].dtype
-        torch.testing.assert_close(two[name], value, rtol=1e-2, atol=2e-2 if on_gpu else 2e-4)
+        torch.testing.assert_close(two[name], value, rtol=1e-2, atol=2e-4)
 
 
 def test_two_processes_that_are_killed_go_on_bit_for_bit(user_model: Path, user_data: Path, tmp_path: Path) -> None:

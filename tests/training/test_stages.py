@@ -21,7 +21,7 @@ from anygen.training.decoder_alignment import DecoderAlignmentRecipe
 from anygen.training.encoder_alignment import EncoderAlignmentRecipe
 from anygen.training.instruction_tuning import InstructionTuningRecipe
 from anygen.training.kept_states import KeptStates, constant_states
-from anygen.training.stage import make_ready
+from anygen.training.stage import llm_dtype, make_ready
 from anygen.training.stage_data import Collator, Item, Mixed, arguments, learn
 from anygen.training.trainable import PeftSettings
 
@@ -305,3 +305,19 @@ def test_values_that_cannot_be_are_told_before_anything_is_loaded(values: dict[s
             EncoderAlignmentRecipe.from_dict({"data": {"image": "d"}} | wrong)
     with pytest.raises(ConfigError, match="requests must say the caption"):
         DecoderAlignmentRecipe.from_dict({"captions": {"image": "c"}, "requests": {"image": ["Go."]}})
+
+
+@pytest.mark.parametrize(
+    ("changes", "on_gpu"),
+    [
+        ({}, torch.bfloat16),
+        ({"bf16": True}, torch.bfloat16),
+        ({"bf16": False}, torch.float32),
+        ({"unfreeze": ("llm.*.layers.0.*",)}, torch.float32),  # what trains itself keeps its digits
+        ({"unfreeze": ("encoders.image.*",)}, torch.bfloat16),
+    ],
+)
+def test_an_llm_is_held_in_bfloat16_on_a_gpu_unless_digits_count(changes: dict[str, Any], on_gpu: torch.dtype) -> None:
+    recipe = DecoderAlignmentRecipe(captions={"image": "captions.txt"}, **changes)
+    assert llm_dtype(recipe, torch.device("cuda")) == on_gpu
+    assert llm_dtype(recipe, torch.device("cpu")) == torch.float32
