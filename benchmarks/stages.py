@@ -181,8 +181,8 @@ class Bench:
 
     def measure(self, model: str, name: str, row: str) -> list[dict[str, Any]]:
         """Rows of `anygen eval mini --only ROW`, of all seeds together, kept under the model's name."""
-        limit, made = self.options.limit, []
-        for seed in range(self.options.seeds):
+        limit, seeds, made = self.options.limit, dict(self.options.seeds), []
+        for seed in range(seeds.get(row, seeds.get("", 1))):
             kept = self.out / "measured" / f"{name}-{row}-{'all' if limit is None else limit}-{seed}.json"
             with self.locks[str(kept)]:
                 if not kept.exists():
@@ -235,6 +235,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise argparse.ArgumentTypeError(f"there is no stage '{unknown[0]}'; known: all, {', '.join(STAGES)}")
         return chosen
 
+    def seeds(text: str) -> tuple[str, int]:
+        row, _, count = text.rpartition("=")
+        if row and row not in (*EVERYTHING, "retrieval"):
+            raise argparse.ArgumentTypeError(f"there is no row '{row}'; known: {', '.join(EVERYTHING)}, retrieval")
+        if not count.isdecimal() or int(count) < 1:
+            raise argparse.ArgumentTypeError(f"seeds are counted from 1, got '{count}'")
+        return row, int(count)
+
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--stages", type=names, metavar="STAGE,…", help="which are told and measured; default: all")
     parser.add_argument("--run", type=names, metavar="STAGE,…", default=[], help="trains these, or 'all', and measures")
@@ -245,7 +253,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=7680, help="pictures of the data (default: %(default)s)")
     parser.add_argument("--steps", type=int, help="of every stage; default: the recipe's")
     parser.add_argument("--limit", type=int, help="cases a row; default: all")
-    parser.add_argument("--seeds", type=int, default=1, help="of cases, counted together (default: %(default)s)")
+    parser.add_argument(
+        "--seeds",
+        type=seeds,
+        action="append",
+        metavar="[ROW=]N",
+        default=[],
+        help="of cases, counted together, of all rows or of one; may be repeated (default: 1)",
+    )
     parser.add_argument("--only", action="append", metavar="ROW", help="measures this row alone; may be repeated")
     parser.add_argument("--batch-size", type=int, metavar="N", help="cases at once; default: the evaluation's")
     parser.add_argument("--device", help="default: CUDA where it is")

@@ -70,7 +70,7 @@ class ChannelsLastTransformerTemporal(TransformerTemporalModel):
 class ChannelsLastResnetBlock2D(ResnetBlock2D):
     """`ResnetBlock2D`, whose input is put into memory once where both of its branches convolve it."""
 
-    def forward(self, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, input_tensor: Tensor, temb: Any, *args: Any, **kwargs: Any) -> Tensor:
         """float[B, C, H, W] -> float[B, C', H, W]."""
         given = input_tensor if self.conv_shortcut is None else kept(input_tensor)
         return super().forward(given, temb, *args, **kwargs)

@@ -108,7 +108,17 @@ def test_seeds_are_counted_together_and_a_stage_that_fails_leaves_the_others(
     monkeypatch.setattr(stages, "make_data", lambda *_: None)
     monkeypatch.setattr(stages.Bench, "anygen", anygen)
     monkeypatch.setattr(stages, "digests", lambda folder: {"adapter": str("runs" in str(folder))})
-    told = ["--run", "encoder_alignment,preference_tuning", "--only", "talk", "--seeds", "2", "--json"]
+    told = [
+        "--run",
+        "encoder_alignment,preference_tuning",
+        "--only",
+        "talk",
+        "--seeds",
+        "1",
+        "--seeds",
+        "talk=2",
+        "--json",
+    ]
     assert stages.main([*told, "--out", str(tmp_path / "runs")]) == 1
     printed = capsys.readouterr()
     (found,) = json.loads(printed.out)["stages"]
@@ -117,3 +127,10 @@ def test_seeds_are_counted_together_and_a_stage_that_fails_leaves_the_others(
     assert row["cases"] == 6 and row["before"] == pytest.approx(4 / 6) and row["after"] == pytest.approx(2 / 6)
     assert row["difference"] == pytest.approx(-100 * 2 / 6)
     assert [call[0] for call in calls].count("eval") == 4
+
+
+@pytest.mark.parametrize(("told", "said"), [("tlak=2", "there is no row 'tlak'"), ("talk=none", "got 'none'")])
+def test_seeds_of_no_row_are_refused(stages: Any, told: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        stages.main(["--seeds", told])
+    assert said in capsys.readouterr().err
