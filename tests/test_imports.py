@@ -27,6 +27,7 @@ GROUND = {
     "anygen.graphs",
     "anygen.hub",
     "anygen.image",
+    "anygen.kept",
     "anygen.manifest",
     "anygen.media",
     "anygen.media_base",
