@@ -5,8 +5,9 @@
 - What a residual block reads is often what two others join. Inductor joins it while it takes statistics, place after
   place, with channels first; what reads it next turns it around, in four times the time that the memory needs.
 - Of `F.interpolate` inductor makes a gather by indices that it computes from fractions; repeating needs none.
+- Convolutions into three or four channels, the last ones of UNets and autoencoders, have no quick kernel in cuDNN.
 
-Each computes what its parent does. Source: diffusers, `models/transformers` and `models/upsampling`.
+Each computes what its parent does. Source: diffusers, `models/transformers`, `models/resnet` and `models/upsampling`.
 """
 
 from typing import Any, cast
@@ -78,7 +79,7 @@ class ChannelsLastResnetBlock2D(ResnetBlock2D):
 
 class NarrowConv2d(nn.Conv2d):
     """`nn.Conv2d` with a few output channels as one product of matrices: every place with the weights of every tap,
-    summed afterwards. Libraries have no quick kernel for so few; of a denoiser's and an autoencoder's last layer."""
+    summed afterwards."""
 
     def forward(self, input: Tensor) -> Tensor:
         """float[B, C, H, W] -> float[B, C', H, W]."""
@@ -109,8 +110,8 @@ def _is_narrow(module: nn.Conv2d) -> bool:
 
 
 def _wide_product(left: Tensor, right: Tensor) -> Tensor:
-    """Of matrices; as sums are on the way, in float32 where the library can write it."""
-    if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
+    """Of matrices whose results are to be summed; in float32 where the library writes it, which has no gradient."""
+    if left.is_cuda and not torch.is_grad_enabled() and left.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(left, right, out_dtype=torch.float32)
     return left @ right
 

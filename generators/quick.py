@@ -43,8 +43,8 @@ BLOCKS = frozenset(
         "Upsample2D",
     }
 )
-"""Classes of diffusers and transformers that are compiled where they are outermost. Blocks of a UNet's way up are so as
-wholes, as what they join is then copied by what reads it: 4 % of an image UNet's kernels."""
+"""Classes of diffusers and transformers that are compiled where they are outermost. Blocks of an image UNet are so as
+wholes: what those of the way up join is then copied by what reads it, which is 4 % of its kernels."""
 
 
 def check_compile(compile: bool | str) -> Compile | None:
