@@ -184,6 +184,9 @@ def _add_eval(commands: Any) -> None:
     command.add_argument("--batch-size", metavar="N", type=_count, default=16, help="cases at once (default: 16)")
     command.add_argument("--seed", metavar="N", type=_seed, default=0, help="of the cases (default: 0)")
     command.add_argument("--report", metavar="DIR", help="also write the table and pictures to look at")
+    command.add_argument(
+        "--compare", metavar="FILE", help="what --json printed of another model: tells what fell and what rose since"
+    )
     command.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
 
 

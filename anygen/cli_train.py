@@ -44,7 +44,9 @@ def evaluate(options: argparse.Namespace) -> int:
     with redirect_stdout(sys.stderr), _logged(logging.WARNING if options.json else logging.INFO):
         from anygen.pipeline import AnyGenPipeline
         from anygen.training.evaluation import evaluate as measure
+        from anygen.training.evaluation_comparison import compare, comparison_table, read_result
 
+        before = None if options.compare is None else read_result(Path(options.compare))  # before anything takes long
         pipe = AnyGenPipeline.from_pretrained(options.model, device=options.device, dtype=options.dtype)
         result = measure(
             pipe.model,
@@ -57,10 +59,13 @@ def evaluate(options: argparse.Namespace) -> int:
             seed=options.seed,
             report=None if options.report is None else Path(options.report),
         )
+    console = Console(stderr=options.json, width=None if sys.stdout.isatty() else 120)
     if options.json:
-        print(json.dumps(result.to_dict()))
+        print(json.dumps(result.to_dict()), flush=True)
     else:
-        Console(width=None if sys.stdout.isatty() else 120).print(result.table())
+        console.print(result.table())
+    if before is not None:  # only now: whatever cannot be compared, nothing that was measured is lost
+        console.print(comparison_table(f"since {options.compare}", compare(before.rows, result.rows)))
     return 0
 
 

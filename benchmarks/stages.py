@@ -14,13 +14,14 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,9 +31,14 @@ from measuring import environment, machine
 from stage_data import MODEL, make_data
 
 from anygen.loading import choose_device, model_directory
-
-WORST = 1.0
-"""Points that a row may lose."""
+from anygen.training.evaluation_comparison import (
+    Change,
+    compare,
+    comparison_table,
+    parse_result,
+    together,
+)
+from anygen.training.evaluation_report import Row
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,22 +170,14 @@ class Bench:
             wanted = [row for row in rows if not options.only or row in options.only]
             old = [pool.submit(self.measure, MODEL, "before", row) for row in wanted]
             new = [pool.submit(self.measure, str(folder / "model"), f"{stage.recipe}-{version}", row) for row in wanted]
-        compared = [
-            {
-                "row": one["name"],
-                "cases": one["cases"],
-                "before": one["value"],
-                "after": two["value"],
-                "difference": (two["value"] - one["value"]) * (1 if one["unit"] else 100),
-            }
-            for ours, theirs in zip(old, new, strict=True)
-            for one, two in zip(ours.result(), theirs.result(), strict=True)
-        ]
+        results = zip(old, new, strict=True)
+        changes = [change for one, two in results for change in compare(one.result(), two.result())]
+        changes += all_together(changes)
         figures = json.loads((folder / "training.jsonl").read_text(encoding="utf-8").splitlines()[-1])
         untouched = [row for row in (*EVERYTHING, "retrieval") if row not in rows]
-        return {"stage": name, "changed": changed, "untouched": untouched, "figures": figures, "rows": compared}
+        return {"stage": name, "changed": changed, "untouched": untouched, "figures": figures, "rows": changes}
 
-    def measure(self, model: str, name: str, row: str) -> list[dict[str, Any]]:
+    def measure(self, model: str, name: str, row: str) -> list[Row]:
         """Rows of `anygen eval mini --only ROW`, of all seeds together, kept under the model's name."""
         limit, seeds, made = self.options.limit, dict(self.options.seeds), []
         for seed in range(seeds.get(row, seeds.get("", 1))):
@@ -187,7 +185,7 @@ class Bench:
             with self.locks[str(kept)]:
                 if not kept.exists():
                     kept.write_text(self.evaluated(model, row, seed, kept.with_suffix(".log")), encoding="utf-8")
-            made.append(json.loads(kept.read_text(encoding="utf-8"))["rows"])
+            made.append(parse_result(kept.read_text(encoding="utf-8")).rows)
         return [together(rows) for rows in zip(*made, strict=True)]
 
     def evaluated(self, model: str, row: str, seed: int, log: Path) -> str:
@@ -199,30 +197,35 @@ class Bench:
         return self.anygen(["eval", "mini", "--only", row, "--json", *where, *more], log)
 
 
-def together(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One row of several seeds, each case counting alike."""
-    cases = sum(row["cases"] for row in rows)
-    return dict(rows[0]) | {"cases": cases, "value": sum(row["value"] * row["cases"] for row in rows) / max(1, cases)}
+def all_together(changes: Sequence[Change]) -> Iterator[Change]:
+    """All pairs of the matrix as one row: a cell alone has too few cases to show a point."""
+    if pairs := [change for change in changes if re.match("any to any: .* -> ", change.after.name)]:
+        before, after = (together(rows, "any to any: all pairs") for rows in zip(*map(sides, pairs), strict=True))
+        yield Change(before=before, after=after)
+
+
+def sides(change: Change) -> tuple[Row, Row]:
+    """Before and after."""
+    return change.before, change.after
+
+
+def plain(change: Change) -> dict[str, Any]:
+    """For JSON."""
+    before, after = sides(change)
+    told = {"row": after.name, "cases": after.cases, "before": before.value, "after": after.value, "unit": after.unit}
+    return told | {name: getattr(change, name) for name in ("points", "worse", "lost", "won", "chance")}
 
 
 def show(found: Mapping[str, Any]) -> None:
     """One stage's table."""
     from rich.console import Console
-    from rich.table import Table
 
     figures = {k: v for k, v in found["figures"].items() if isinstance(v, int | float) and not isinstance(v, bool)}
     caption = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
     caption += f"\nchanged: {', '.join(found['changed']) or 'nothing'}"
     caption += f"\nthe same weights, not measured: {', '.join(found['untouched']) or 'none'}"
-    table = Table(title=found["stage"], caption=caption)
-    for heading in ("row", "cases", "before", "after", "points", f"worse by more than {WORST:g}"):
-        table.add_column(heading, justify="left" if heading == "row" else "right")
-    for row in found["rows"]:
-        worse = row["difference"] < -WORST
-        told = ["[red]yes" if worse else "no"]
-        values = [f"{row['before']:.3f}", f"{row['after']:.3f}", f"{row['difference']:+.1f}"]
-        table.add_row(row["row"], str(row["cases"]), *values, *told)
     console = Console()
+    table = comparison_table(found["stage"], found["rows"], caption)
     (console if console.is_terminal else Console(width=118)).print(table)
 
 
@@ -284,13 +287,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             except SystemExit as error:  # the others count all the same
                 failed.append(str(error))
     if options.json:
-        print(json.dumps({"machine": machine(), "limit": options.limit, "stages": found}))
+        stages = [one | {"rows": [plain(change) for change in one["rows"]]} for one in found]
+        print(json.dumps({"machine": machine(), "limit": options.limit, "stages": stages}))
     else:
         for one in found:
             show(one)
     for error in failed:
         print(error, file=sys.stderr)
-    return int(bool(failed) or any(row["difference"] < -WORST for one in found for row in one["rows"]))
+    return int(bool(failed) or any(row.worse for one in found for row in one["rows"]))
 
 
 if __name__ == "__main__":

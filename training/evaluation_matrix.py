@@ -189,8 +189,7 @@ def matrix(
             share, cases = talk
             if (given, made) != ("text", "text"):
                 hits = pair(model, generators, media, judge, given, made, min(MATRIX, most), rows.seed, batch_size)
-                share, cases = sum(hits) / max(1, len(hits)), len(hits)
-                rows.add(f"any to any: {given} -> {made}", share, cases)
+                share, cases = rows.share(f"any to any: {given} -> {made}", hits), len(hits)
             cells.append(Cell(given=given, made=made, value=share, cases=cases))
     return tuple(cells)
 

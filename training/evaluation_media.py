@@ -73,7 +73,7 @@ def sound_rows(
     if isinstance(generator, AudioLDM2Generator):
         count = min(RESTORED_SOUNDS, most)
         for name, value in restored_sounds(generator, bank, count, rows.seed).items():
-            rows.add(f"{name}: spectral convergence (0 is best)", value, count)
+            rows.add(f"{name}: spectral convergence (0 is best)", value, count, less_is_better=True)
     return heard
 
 

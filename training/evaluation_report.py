@@ -36,6 +36,9 @@ class Row:
     bar: float | None = None
     """What the value has to reach; None: it is reported only."""
     unit: str = ""
+    hits: str = ""
+    """A character a case, in their order: 1 if it counts, 0 if not; empty where the value is no share."""
+    less_is_better: bool = False
 
     @property
     def met(self) -> bool | None:
@@ -55,17 +58,18 @@ class Rows:
         self.seed, self.found = seed, list[Row]()
         self.clock = time.monotonic()
 
-    def add(self, name: str, value: float, cases: int, *, bar: float | None = None, unit: str = "") -> float:
-        """One more row; returns its value."""
+    def add(self, name: str, value: float, cases: int, **more: Any) -> float:
+        """One more row, `more` of its fields given; returns its value."""
         seconds, self.clock = time.monotonic() - self.clock, time.monotonic()
-        row = Row(name=name, value=value, cases=cases, seed=self.seed, seconds=round(seconds, 1), bar=bar, unit=unit)
+        row = Row(name=name, value=value, cases=cases, seed=self.seed, seconds=round(seconds, 1), **more)
         self.found.append(row)
         logger.info("%s: %s (%d cases, %.0f s)", name, row.figure, cases, seconds)
         return value
 
     def share(self, name: str, hits: Sequence[bool], *, bar: float | None = None) -> float:
         """A row whose value is the share of hits."""
-        return self.add(name, sum(hits) / len(hits) if hits else 0.0, len(hits), bar=bar)
+        told = "".join("1" if hit else "0" for hit in hits)
+        return self.add(name, sum(hits) / len(hits) if hits else 0.0, len(hits), bar=bar, hits=told)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,10 +3,12 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -344,7 +346,7 @@ def test_train_runs_a_recipe_and_prints_its_figures(run: Run, monkeypatch: pytes
     assert given == [Path("a.yaml"), ["steps=3", "optimizer.rate=1e-3"]]
 
 
-def test_eval_prints_a_table_or_json(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eval_prints_a_table_or_json(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from anygen.training.evaluation_report import EvaluationResult, Row
 
     row = Row(name="text -> image", value=0.5, cases=3, seed=0, bar=0.9)
@@ -382,6 +384,20 @@ def test_eval_prints_a_table_or_json(run: Run, monkeypatch: pytest.MonkeyPatch) 
     }
     code, out, error = run("eval", "mini", "--json")
     assert (code, error) == (0, "") and json.loads(out)["rows"][0]["met"] is False
+
+    before = tmp_path / "before.json"
+    before.write_text(out, encoding="utf-8")
+    row = replace(row, value=0.25, hits="")
+    code, out, _ = run("eval", "mini", "--compare", str(before))
+    assert code == 0 and "0.9" in out and re.search(r"since .*0\.500 │ 0\.250 │\s+-25\.0", out, re.DOTALL)
+    code, out, error = run("eval", "mini", "--compare", str(before), "--json")
+    assert json.loads(out)["rows"][0]["value"] == 0.25 and "-25.0" in error
+    row = replace(row, cases=4)
+    code, out, error = run("eval", "mini", "--compare", str(before))
+    assert code == 2 and "0.250" in out and "on 3 cases of seed 0 before and on 4 cases" in error
+    given.clear()
+    code, _, error = run("eval", "mini", "--compare", str(tmp_path / "gone"))
+    assert code == 2 and "gone cannot be read" in error and not given
 
 
 def test_eval_without_data_says_how_to_make_them(run: Run) -> None:

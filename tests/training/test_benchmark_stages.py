@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from anygen.messages import MediaPart, Message, TextPart
+from anygen.training.evaluation_report import EvaluationResult, Rows
 from anygen.training.icons import IconSet
 from anygen.training.recipes import read
 from anygen.training.sounds import SoundBank
@@ -100,10 +101,14 @@ def test_seeds_are_counted_together_and_a_stage_that_fails_leaves_the_others(
             (out / "model").mkdir(parents=True)
             (out / "training.jsonl").write_text('{"final": true, "loss": 0.5}\n')
             return ""
-        hit = {"0": (3, 4), "1": (1, 2)}[arguments[arguments.index("--seed") + 1]]
-        worse = "anygen-mini" not in arguments
+        rows, seed = Rows(int(arguments[arguments.index("--seed") + 1])), arguments[arguments.index("--seed") + 1]
+        before, after = {"0": ("1110", "0110"), "1": ("10", "00")}[seed]
+        hits = before if "anygen-mini" in arguments else after
+        rows.share("any to any: text -> text", [hit == "1" for hit in hits])
+        rows.add("noise", 0.5, 3, less_is_better=True)
         log.parent.mkdir(parents=True, exist_ok=True)
-        return json.dumps({"rows": [{"name": "row", "unit": "", "cases": hit[1], "value": (hit[0] - worse) / hit[1]}]})
+        result = EvaluationResult(suite="mini", model="m", icons="c", device="cpu", rows=tuple(rows.found))
+        return json.dumps(result.to_dict())
 
     monkeypatch.setattr(stages, "make_data", lambda *_: None)
     monkeypatch.setattr(stages.Bench, "anygen", anygen)
@@ -123,9 +128,11 @@ def test_seeds_are_counted_together_and_a_stage_that_fails_leaves_the_others(
     printed = capsys.readouterr()
     (found,) = json.loads(printed.out)["stages"]
     assert "preference tuning failed" in printed.err and found["stage"] == "encoder_alignment"
-    (row,) = found["rows"]
+    row, noise, pairs = found["rows"]
     assert row["cases"] == 6 and row["before"] == pytest.approx(4 / 6) and row["after"] == pytest.approx(2 / 6)
-    assert row["difference"] == pytest.approx(-100 * 2 / 6)
+    assert row["points"] == pytest.approx(-100 * 2 / 6) and (row["lost"], row["won"], row["chance"]) == (2, 0, 0.5)
+    assert noise["points"] == 0 and noise["cases"] == 6 and noise["chance"] is None and not noise["worse"]
+    assert pairs == row | {"row": "any to any: all pairs"}
     assert [call[0] for call in calls].count("eval") == 4
 
 
