@@ -42,23 +42,25 @@ def evaluate(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     with redirect_stdout(sys.stderr), _logged(logging.WARNING if options.json else logging.INFO):
+        from anygen.loading import memory
         from anygen.pipeline import AnyGenPipeline
         from anygen.training.evaluation import evaluate as measure
         from anygen.training.evaluation_comparison import compare, comparison_table, read_result
 
         before = None if options.compare is None else read_result(Path(options.compare))  # before anything takes long
         pipe = AnyGenPipeline.from_pretrained(options.model, device=options.device, dtype=options.dtype)
-        result = measure(
-            pipe.model,
-            pipe.generators,
-            Path(options.data),
-            suite=options.suite,
-            only=options.only,
-            batch_size=options.batch_size,
-            limit=options.limit,
-            seed=options.seed,
-            report=None if options.report is None else Path(options.report),
-        )
+        with memory(f"lower --batch-size {options.batch_size}, or take --dtype bfloat16 or --device cpu"):
+            result = measure(
+                pipe.model,
+                pipe.generators,
+                Path(options.data),
+                suite=options.suite,
+                only=options.only,
+                batch_size=options.batch_size,
+                limit=options.limit,
+                seed=options.seed,
+                report=None if options.report is None else Path(options.report),
+            )
     console = Console(stderr=options.json, width=None if sys.stdout.isatty() else 120)
     if options.json:
         print(json.dumps(result.to_dict()), flush=True)

@@ -116,8 +116,14 @@ def load_generator(directory: Path, output: OutputConfig, device: torch.device, 
     return generator
 
 
+_HELPS = (
+    "lower batch_size, pass dtype='bfloat16', quantization='4bit', savers=['vae_tiling'] or offload='sequential', "
+    "restrict generators=[…], or take device='cpu'"
+)
+
+
 @contextmanager
-def memory() -> Iterator[None]:
+def memory(helps: str = _HELPS) -> Iterator[None]:
     """Inside, running out of memory is told with what helps.
 
     Raises:
@@ -128,17 +134,11 @@ def memory() -> Iterator[None]:
     except AnyGenError:
         raise
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise OutOfMemoryError(_REMEDY.format(_first_line(error))) from error
+        raise OutOfMemoryError(f"not enough memory ({_first_line(error)}); {helps}") from error
     except RuntimeError as error:
         if "can't allocate memory" not in str(error):
             raise
-        raise OutOfMemoryError(_REMEDY.format(_first_line(error))) from error
-
-
-_REMEDY = (
-    "not enough memory ({}); lower batch_size, pass dtype='bfloat16', quantization='4bit', savers=['vae_tiling'] or "
-    "offload='sequential', restrict generators=[…], or take device='cpu'"
-)
+        raise OutOfMemoryError(f"not enough memory ({_first_line(error)}); {helps}") from error
 
 
 def _first_line(error: Any) -> str:

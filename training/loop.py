@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 from torch import nn
 
-from anygen.errors import OutOfMemoryError
+from anygen.loading import memory
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -63,19 +63,12 @@ def lowering(*names: str) -> Callable[[Train], Train]:
     def decorate(train: Train) -> Train:
         @functools.wraps(train)
         def run(recipe: Any, out: Path) -> Any:
-            try:
+            lower = ", ".join(f"{name} ({getattr(recipe, name)})" for name in names)
+            with memory(
+                f"lower {lower}; an LLM that does not fit itself is spread over several GPUs by accelerate launch "
+                "--config_file training/accelerate/fsdp2.yaml"
+            ):
                 return train(recipe, out)
-            except OutOfMemoryError:
-                raise
-            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                if type(error) is RuntimeError and "can't allocate memory" not in str(error):  # as a CPU says it
-                    raise
-                lower = ", ".join(f"{name} ({getattr(recipe, name)})" for name in names)
-                raise OutOfMemoryError(
-                    f"memory does not suffice ({str(error).strip()[:160]}); lower {lower}; an LLM that does not fit "
-                    "itself is spread over several GPUs by accelerate launch --config_file "
-                    "training/accelerate/fsdp2.yaml"
-                ) from error
 
         cast(Any, run).lowers = names
         return cast(Train, run)

@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from anygen.encoders.base import Encoder
-from anygen.errors import ConfigError, OutOfMemoryError
+from anygen.errors import ConfigError
 from anygen.features import Condition
 from anygen.generators.base import Generator
-from anygen.loading import load_generator
+from anygen.loading import load_generator, memory
 from anygen.model import AnyGenModel, AnyGenOutput
 from anygen.training.kept_states import KeptStates, constant_states
 from anygen.training.loop import RunLog, world_size
@@ -314,20 +314,17 @@ def conduct(trainer: Trainer, recipe: StageRecipe, ready: Ready, told: Log, last
     if last is not None:
         told.remember()
     figures: dict[str, float] = {}
-    try:
-        with with_equal_gradients(trainer, ready.model):
-            trainer.train(resume_from_checkpoint=last)
-            if isinstance(trainer, SafeTrainer):
-                trainer.check()
-            if ready.held_out:
-                figures["held_out"] = trainer.evaluate()["eval_loss"]
-                figures = {"held_out_before": told.first["eval_loss"]} | figures
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise OutOfMemoryError(
-            f"not enough memory ({str(error).splitlines()[0][:160]}); lower batch_size ({recipe.batch_size}) and raise "
-            f"accumulate ({recipe.accumulate}) by as much, lower max_tokens ({recipe.max_tokens}), set "
-            "activation_checkpointing: true, or take peft.kind: qlora"
-        ) from error
+    lower = (
+        f"lower batch_size ({recipe.batch_size}) and raise accumulate ({recipe.accumulate}) by as much, lower "
+        f"max_tokens ({recipe.max_tokens}), set activation_checkpointing: true, or take peft.kind: qlora"
+    )
+    with memory(lower), with_equal_gradients(trainer, ready.model):
+        trainer.train(resume_from_checkpoint=last)
+        if isinstance(trainer, SafeTrainer):
+            trainer.check()
+        if ready.held_out:
+            figures["held_out"] = trainer.evaluate()["eval_loss"]
+            figures = {"held_out_before": told.first["eval_loss"]} | figures
     whole(ready.model).eval()
     figures |= {"steps": float(trainer.state.global_step), "loss": told.last.get("loss", float("nan"))}
     if "retention" in told.last:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 
 from anygen import __version__
 from anygen.cli import main
@@ -395,6 +396,15 @@ def test_eval_prints_a_table_or_json(run: Run, tmp_path: Path, monkeypatch: pyte
     row = replace(row, cases=4)
     code, out, error = run("eval", "mini", "--compare", str(before))
     assert code == 2 and "0.250" in out and "on 3 cases of seed 0 before and on 4 cases" in error
+
+    def full(*_: Any, **__: Any) -> EvaluationResult:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 90.00 MiB.\nProcess 7")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("anygen.training.evaluation.evaluate", full)
+        code, _, error = run("eval", "mini")
+    told = "not enough memory (CUDA out of memory. Tried to allocate 90.00 MiB.); lower --batch-size 16"
+    assert code == 2 and told in error
     given.clear()
     code, _, error = run("eval", "mini", "--compare", str(tmp_path / "gone"))
     assert code == 2 and "gone cannot be read" in error and not given

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from anygen.component import read_safetensors
-from anygen.errors import ConfigError
+from anygen.errors import ConfigError, OutOfMemoryError
 from anygen.messages import MediaPart, Message, TextPart
 from anygen.model import AnyGenModel
 from anygen.training import decoder_alignment, encoder_alignment, instruction_tuning, precompute
@@ -23,6 +23,7 @@ from anygen.training.instruction_tuning import InstructionTuningRecipe
 from anygen.training.kept_states import KeptStates, constant_states
 from anygen.training.stage import llm_dtype, make_ready
 from anygen.training.stage_data import Collator, Item, Mixed, arguments, learn
+from anygen.training.stage_trainer import StageTrainer
 from anygen.training.trainable import PeftSettings
 
 QUICK: dict[str, Any] = dict(steps=12, batch_size=4, report_to=(), learning_rate=1e-2, held_out=0.2)
@@ -259,6 +260,27 @@ def test_a_loss_that_is_no_number_names_the_rows(user_model: Path, user_data: Pa
     told = str(caught.value)
     assert "the loss is no number at step" in told and "pairs.jsonl, line" in told
     assert "lower the learning rate" in told and told.endswith("checkpoint-1 is good")
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes."),
+    ],
+)
+def test_too_little_memory_says_what_to_lower(
+    fault: Exception, user_model: Path, user_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def step(*_: Any, **__: Any) -> torch.Tensor:
+        raise fault
+
+    monkeypatch.setattr(StageTrainer, "training_step", step)
+    recipe = EncoderAlignmentRecipe(model=str(user_model), data={"image": str(user_data / "pairs.jsonl")}, **QUICK)
+    with pytest.raises(
+        OutOfMemoryError, match=r"not enough memory \(.*\); lower batch_size \(4\) and raise accumulate"
+    ):
+        encoder_alignment.train(recipe, tmp_path)
 
 
 @pytest.mark.parametrize(
