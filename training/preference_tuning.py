@@ -10,7 +10,7 @@ log-probabilities over words and new tokens together. Of an answer its route, it
 and its end count, as they are what is chosen when it is generated; the rest of a run is forced. What the model was
 before is the reference, whose log-probabilities are computed once.
 
-Source: DPO (arXiv:2305.18290).
+Source: DPO (arXiv:2305.18290); the likelihood beside it is MPO's generation loss (arXiv:2411.10442).
 Shapes: B pairs, so that a batch has 2B rows, the preferred answers first; T tokens, V + R classes.
 """
 
@@ -57,6 +57,8 @@ class PreferenceTuningRecipe(StageRecipe):
     """How near the model stays to what it was."""
     loss: Literal["sigmoid", "ipo", "hinge", "robust"] = "sigmoid"
     """TRL's name of the loss."""
+    sft_weight: float = 0.0
+    """Of the preferred answers' own likelihood beside it, so that they do not become rarer along with the others."""
     label_smoothing: float = 0.0
     """Share of the pairs that are thought to be the wrong way round; of `robust` and `sigmoid`."""
     learning_rate: float = 5e-5
@@ -65,6 +67,8 @@ class PreferenceTuningRecipe(StageRecipe):
         StageRecipe.__post_init__(self)
         if self.beta <= 0:
             raise ConfigError(f"beta is greater than 0, got {self.beta:g}")
+        if self.sft_weight < 0:
+            raise ConfigError(f"sft_weight is at least 0, got {self.sft_weight:g}")
 
 
 def prepare(recipe: PreferenceTuningRecipe, config: AnyGenConfig) -> Prepared:
@@ -229,11 +233,13 @@ def dpo_trainer(recipe: PreferenceTuningRecipe, out: Path, ready: Ready, log: Ru
     arguments = training_arguments(recipe, out, steps, ready)
     arguments |= {"train_sampling_strategy": "random", "prediction_loss_only": True}
     wrapped = PreferenceModel(model)
+    losses = {recipe.loss: 1.0} | ({"sft": recipe.sft_weight} if recipe.sft_weight else {})
     config = on_one_gpu(
         DPOConfig(
             **arguments,
             beta=recipe.beta,
-            loss_type=[recipe.loss],
+            loss_type=list(losses),
+            loss_weights=list(losses.values()),
             label_smoothing=recipe.label_smoothing,
             precompute_ref_log_probs=True,
             max_length=None,

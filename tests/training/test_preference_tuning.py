@@ -79,14 +79,15 @@ def test_the_loss_is_dpo_s_and_what_is_preferred_gains(user_model: Path, user_da
     assert float(-F.logsigmoid(0.1 * margins).mean()) < figures["loss"]
 
 
+@pytest.mark.parametrize("sft_weight", [0.0, 0.7])
 def test_the_first_step_s_loss_and_gradient_are_the_formula_s(
-    user_model: Path, user_data: Path, tmp_path: Path
+    sft_weight: float, user_model: Path, user_data: Path, tmp_path: Path
 ) -> None:
     from anygen.training.loop import RunLog
     from anygen.training.stage import make_ready
     from anygen.training.stage_trainer import Log
 
-    recipe = recipe_of(user_model, user_data, beta=0.3)
+    recipe = recipe_of(user_model, user_data, beta=0.3, sft_weight=sft_weight)
     ready = make_ready(recipe, tmp_path, lambda config: preference_tuning.prepare(recipe, config), ["llm"])
     trainer = preference_tuning.dpo_trainer(recipe, tmp_path, ready, (log := RunLog(tmp_path, "t")), Log(log))
     for name, parameter in ready.model.named_parameters():
@@ -99,8 +100,12 @@ def test_the_first_step_s_loss_and_gradient_are_the_formula_s(
     ready.model.zero_grad()
     reference = AnyGenModel.from_pretrained(user_model)
     pairs = read(str(user_data / "wanted.jsonl"), preference)
-    margins = []
+    margins, likelihood, tokens = [], torch.zeros(()), 0
     for pair in pairs:
+        preferred = [*pair.prompt, pair.chosen]
+        likelihood = likelihood + log_probability(ready.model, preferred)
+        learned = learn(reference.prompts, preferred, words=False, all_turns=False)
+        tokens += sum(label >= 0 for label in learned.labels)
         ratios = []
         for answer in (pair.chosen, pair.rejected):
             talk = [*pair.prompt, answer]
@@ -108,7 +113,7 @@ def test_the_first_step_s_loss_and_gradient_are_the_formula_s(
                 was = log_probability(reference, talk)
             ratios.append(log_probability(ready.model, talk) - was)
         margins.append(ratios[0] - ratios[1])
-    wanted = -F.logsigmoid(0.3 * torch.stack(margins)).mean()
+    wanted = -F.logsigmoid(0.3 * torch.stack(margins)).mean() - sft_weight * likelihood / tokens
     wanted.backward()
     torch.testing.assert_close(loss, wanted, rtol=1e-4, atol=1e-5)
     assert len(ours) > 4
@@ -158,5 +163,7 @@ def test_a_run_that_is_stopped_goes_on_bit_for_bit_and_is_written_whole(
 def test_bad_values_are_told(user_model: Path, user_data: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="beta is greater than 0, got 0"):
         recipe_of(user_model, user_data, beta=0.0)
+    with pytest.raises(ConfigError, match="sft_weight is at least 0, got -1"):
+        recipe_of(user_model, user_data, sft_weight=-1.0)
     with pytest.raises(ConfigError, match="12 of 12 rows do not fit .*: it has no 'prompt'; wanted: prompt, chosen"):
         preference_tuning.train(recipe_of(user_model, user_data, data=str(user_data / "chats.jsonl")), tmp_path)
