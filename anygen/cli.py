@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: as after `anygen` on the command line; by default those of this process.
     """
     try:
-        options = _parser().parse_args(arguments)
+        options = _parsed(arguments)
         module, function = options.run.split(":")
         _calm_libraries()
         code = getattr(import_module(module), function)(options)
@@ -43,6 +43,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Takes `key=value` behind options as well, where argparse would have them before."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and hasattr(options, "overrides") and all("=" in word and not word.startswith("-") for word in rest):
+        options.overrides += rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return options
+
+
 def _fail(message: str, *, code: int = 2) -> int:
     print(f"anygen: {' '.join(message.split())}", file=sys.stderr)
     return code
@@ -53,6 +64,8 @@ def _calm_libraries() -> None:
     for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
         os.environ.setdefault(name, "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns when a process forks, as `data build` does
+    if not sys.stderr.isatty():  # bars fill a log file with lines
+        os.environ.setdefault("TQDM_DISABLE", "1")
     # OpenMP's threads wait by spinning, which on two cores that have anything else to do takes 3 to 30 times as long
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if sys.warnoptions:

@@ -66,6 +66,15 @@ class Config:
         path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
 
+_KINDS = {
+    "dict_type": "a table of keys and values",
+    "tuple_type": "a list",
+    "list_type": "a list",
+    "dataclass_type": "a table of keys and values",
+}
+"""pydantic's faults -> what was wanted, in the words of who writes YAML or JSON."""
+
+
 def _explain(fault: Any, root: type) -> str:
     """One line for one of pydantic's error records."""
     where = ".".join(str(step) for step in fault["loc"])
@@ -77,6 +86,8 @@ def _explain(fault: Any, root: type) -> str:
         return f"unknown key '{where}'" + (f"; known: {', '.join(known)}" if known else "")
     if fault["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return f"key '{where}' is missing"
+    if where and (kind := _KINDS.get(fault["type"])) is not None:
+        return f"'{where}': wanted is {kind}, got {fault['input']!r}"
     # What a class's own check says, names the class and the field already.
     told = str(fault["ctx"]["error"]) if fault["type"] == "value_error" else fault["msg"]
     return f"'{where}': {told}" if where else told

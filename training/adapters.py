@@ -27,6 +27,9 @@ from anygen.prompts import Example, pad
 from anygen.saving import save_model
 from anygen.training.loop import is_main, wait
 
+CHECKPOINTS = "checkpoints"
+"""Folder of a run."""
+
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
@@ -201,4 +204,4 @@ def finish(
 def forget_checkpoints(out: Path) -> None:
     """Of a run that is finished, and has nothing to go on with."""
     if is_main():
-        shutil.rmtree(out / "checkpoints", ignore_errors=True)
+        shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)

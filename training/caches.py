@@ -1,8 +1,9 @@
 """Tensors that are computed once and kept on disk: encoder features by medium, generator conditions by caption.
 
 A cache is a folder of safetensors shards and `index.json`. It only grows: a shard is written whole, with a temporary
-name, before the index names it, so that a run that is killed goes on where it was. Each shard's SHA-256 stands in the
-index and is checked when the cache is opened; a damaged one is computed again. Reading maps the files into memory.
+name, before the index names it, and every `SECONDS` at least, so that a run that is killed goes on where it was.
+Each shard's SHA-256 stands in the index and is checked when the cache is opened; a damaged one is computed again.
+Reading maps the files into memory.
 
 Shapes: B rows that are asked for.
 """
@@ -12,6 +13,7 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import torch
@@ -24,6 +26,8 @@ from anygen.manifest import sha256
 logger = logging.getLogger("anygen.training")
 
 INDEX = "index.json"
+SECONDS = 20.0
+"""After these a shard is written and progress told, however few rows there are."""
 Compute = Callable[[Sequence[str]], tuple[Sequence[str], Mapping[str, Tensor]]]
 """Keys -> those that could be computed, and name -> tensor with one row for each of these."""
 
@@ -37,16 +41,16 @@ class TensorCache:
         verify: whether to check the files; takes as long as reading them once.
 
     Raises:
-        ConfigError: the folder holds what something else computed.
+        ConfigError: the folder holds what something else computed, or its index is damaged.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], *, verify: bool = True) -> None:
         self.folder, self.identity = folder, json.loads(json.dumps(identity))
         self.shards: list[dict[str, Any]] = []
         self._where: dict[str, tuple[int, int]] = {}
-        self._open: dict[int, Any] = {}
+        self._open: list[Any] = []
         try:
-            stored = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+            stored = _index(json.loads((folder / INDEX).read_text(encoding="utf-8")))
         except FileNotFoundError:
             return
         except ValueError as error:
@@ -75,7 +79,7 @@ class TensorCache:
             keys: all that are going to be asked for.
             compute: called with up to `batch_size` keys.
             batch_size: rows computed at a time.
-            shard_rows: rows of a file.
+            shard_rows: rows of a file at most.
             what: for the log.
 
         Raises:
@@ -83,12 +87,19 @@ class TensorCache:
             OutputError: the disk refuses.
         """
         wanted = [key for key in dict.fromkeys(keys) if key not in self._where]
-        for first in range(0, len(wanted), shard_rows):
-            part = wanted[first : first + shard_rows]
-            made = [compute(part[row : row + batch_size]) for row in range(0, len(part), batch_size)]
+        first = done = 0  # rows that are written, or could not be computed; rows that were tried
+        made: list[tuple[Sequence[str], Mapping[str, Tensor]]] = []
+        since = monotonic()
+        while done < len(wanted):
+            part = wanted[done : min(done + batch_size, first + shard_rows)]
+            made.append(compute(part))
+            done += len(part)
+            if done not in (first + shard_rows, len(wanted)) and monotonic() - since < SECONDS:
+                continue
             if kept := [key for keys, _ in made for key in keys]:
-                self._write(kept, _joined([tensors for keys, tensors in made if keys]))
-            logger.info("%s: %d of %d computed", what or self.folder, first + len(part), len(wanted))
+                self._write(kept, _joined([tensors for keys, tensors in made if keys], self._shapes()))
+            logger.info("%s: %d of %d computed", what or self.folder, done, len(wanted))
+            first, made, since = done, [], monotonic()
         return len(wanted)
 
     def rows(self, keys: Sequence[str]) -> dict[str, Tensor]:
@@ -102,30 +113,31 @@ class TensorCache:
             if key not in self._where:
                 raise ConfigError(f"{self.folder} holds nothing for '{key[:80]}'; fill it first")
             shard, row = self._where[key]
-            file = self._file(shard)
+            file = self._open[shard]
             for name in file.keys():  # noqa: SIM118  # an open file, not a table
                 found.setdefault(name, []).append(file.get_slice(name)[row : row + 1])
         joined = {name: torch.cat(parts) for name, parts in found.items()}
         return {name: value.float() if value.is_floating_point() else value for name, value in joined.items()}
 
-    def _file(self, shard: int) -> Any:
-        from safetensors import safe_open
-
-        if shard not in self._open:
-            self._open[shard] = safe_open(self.folder / self.shards[shard]["file"], "pt").__enter__()
-        return self._open[shard]
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> the shape of a row, of what is written already."""
+        file = self._open[0] if self._open else None
+        return {name: tuple(file.get_slice(name).get_shape()[1:]) for name in file.keys()} if file else {}  # noqa: SIM118
 
     def _admit(self, shard: dict[str, Any], verify: bool) -> None:
         path = self.folder / shard["file"]
-        if not path.is_file() or (verify and sha256(path) != shard["sha256"]):
+        whole = path.is_file() and (not verify or sha256(path) == shard["sha256"])
+        opened = _opened(path) if whole else None
+        if opened is None:
             logger.warning("%s is missing or damaged; its %d rows are computed again", path, shard["rows"])
             return
+        file, keys = opened
+        self._where |= {key: (len(self.shards), row) for row, key in enumerate(keys)}
         self.shards.append(shard)
-        number = len(self.shards) - 1
-        keys = json.loads(self._file(number).metadata()["keys"])
-        self._where |= {key: (number, row) for row, key in enumerate(keys)}
+        self._open.append(file)
 
     def _write(self, keys: Sequence[str], tensors: Mapping[str, Tensor]) -> None:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         taken = {shard["file"] for shard in self.shards}
@@ -142,6 +154,8 @@ class TensorCache:
         except Exception as error:
             if is_disk_full(error):
                 raise OutputError(f"the disk of {self.folder} is full; what was computed so far is kept") from error
+            if isinstance(error, OSError | SafetensorError) and not isinstance(error, OutputError):
+                raise OutputError(f"{self.folder} cannot be written: {error}") from error
             raise
         self._admit(shard, verify=False)
 
@@ -159,10 +173,34 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def _index(stored: Any) -> dict[str, Any]:
+    """What an index holds. Raises ValueError if it is none."""
+    shards = stored.get("shards") if isinstance(stored, dict) and "identity" in stored else None
+    kinds = {"file": str, "rows": int, "sha256": str}
+    if not isinstance(shards, list) or not all(
+        isinstance(shard, dict) and all(isinstance(shard.get(key), kind) for key, kind in kinds.items())
+        for shard in shards
+    ):
+        raise ValueError("it is not an index of shards")
+    return stored
+
+
+def _opened(path: Path) -> tuple[Any, list[str]] | None:
+    """A shard, mapped into memory, and its keys; None if it is cut off or no shard."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        file = safe_open(path, "pt").__enter__()
+        return file, json.loads(file.metadata()["keys"])
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _joined(parts: Sequence[Mapping[str, Tensor]], written: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Name -> all rows; `written` has the shapes of rows that they have to fit."""
     joined = {}
     for name in parts[0]:
-        shapes = {tuple(part[name].shape[1:]) for part in parts}
+        shapes = {tuple(part[name].shape[1:]) for part in parts} | ({written[name]} if name in written else set())
         if len(shapes) > 1:
             raise ConfigError(f"'{name}' differs in shape from row to row ({sorted(shapes)}); a cache needs one")
         joined[name] = _half(torch.cat([part[name].detach().cpu() for part in parts]), name)

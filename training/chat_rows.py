@@ -28,6 +28,10 @@ from anygen.model_config import AnyGenConfig
 from anygen.training.data_rows import RowFault, Rows
 
 _CHAT = '{"messages": [{"role": "user", "content": …}, {"role": "assistant", "content": …}]}'
+_PREFERENCE = (
+    '{"prompt": [{"role": "user", "content": …}], "chosen": [{"role": "assistant", "content": …}], '
+    '"rejected": [{"role": "assistant", "content": …}]}'
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +87,7 @@ def media_part(modality: str, medium: Shown) -> MediaPart:
 
 
 def conversation(rows: Rows, number: int) -> list[Message]:
-    """A row's messages, the last one the assistant's.
+    """A row's messages, the last one the assistant's, one before it the user's.
 
     Raises:
         RowFault: it is not of the chat format, or a file is missing.
@@ -91,9 +95,11 @@ def conversation(rows: Rows, number: int) -> list[Message]:
     row = rows[number]
     if "messages" not in row:
         raise RowFault(f"it has no 'messages'; wanted: {_CHAT}")
-    messages = _messages(row["messages"], _Row(rows, number, row))
+    messages = _messages(row["messages"], _Row(rows, number, row), "messages", _CHAT)
     if messages[-1].role != "assistant":
         raise RowFault(f"its last message is the {messages[-1].role}'s; it has to be an answer, the assistant's")
+    if all(message.role != "user" for message in messages):
+        raise RowFault("it has no message of the user that its answer could be to")
     return messages
 
 
@@ -101,14 +107,14 @@ def preference(rows: Rows, number: int) -> Preference:
     """A row's prompt and its two answers. Raises as `conversation`."""
     row = rows[number]
     if lacking := [key for key in ("prompt", "chosen", "rejected") if key not in row]:
-        raise RowFault(f"it has no '{lacking[0]}'; wanted: prompt, chosen and rejected, each a list of messages")
+        raise RowFault(f"it has no '{lacking[0]}'; wanted: {_PREFERENCE}")
     at = _Row(rows, number, row)
-    prompt = _messages(row["prompt"], at)
+    prompt = _messages(row["prompt"], at, "prompt", _PREFERENCE)
     if prompt[-1].role != "user":
         raise RowFault(f"its prompt ends with the {prompt[-1].role}'s message, not with the user's")
     answers = []
     for key in ("chosen", "rejected"):
-        (*more, answer) = _messages(row[key], at)
+        (*more, answer) = _messages(row[key], at, key, _PREFERENCE)
         if more or answer.role != "assistant":
             raise RowFault(f"its '{key}' must be one message of the assistant")
         answers.append(answer)
@@ -179,17 +185,19 @@ class _Row:
         return column[place] if isinstance(column, list) and place < len(column) else None
 
 
-def _messages(value: Any, at: _Row) -> list[Message]:
+def _messages(value: Any, at: _Row, key: str, wanted: str) -> list[Message]:
+    """The messages that a row's `key` holds; `wanted` is what such a row looks like."""
     if isinstance(value, str):  # as tables have it whose columns cannot mix kinds
         try:
             value = json.loads(value)
         except ValueError:
-            raise RowFault("its messages are a string that is no JSON") from None
+            raise RowFault(f"its '{key}' is a string that is no JSON; wanted: {wanted}") from None
     if isinstance(value, Mapping):
         value = [value]
     if not isinstance(value, list) or not value:
-        raise RowFault(f"its messages are {type(value).__name__ if value else 'empty'}; wanted: {_CHAT}")
-    return [_message(one, f"message {place}", at) for place, one in enumerate(value, start=1)]
+        raise RowFault(f"its '{key}' is {type(value).__name__ if value else 'empty'}; wanted: {wanted}")
+    of = "" if key == "messages" else f" of '{key}'"
+    return [_message(one, f"message {place}{of}", at) for place, one in enumerate(value, start=1)]
 
 
 def _message(value: Any, where: str, at: _Row) -> Message:

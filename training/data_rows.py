@@ -5,6 +5,7 @@ Every kind is a `Rows`: it has a length, gives row `i` again whenever it is aske
 A row that does not fit raises `RowFault`; `read` counts those, and stops a run that would leave out too many.
 """
 
+import codecs
 import json
 import logging
 import tarfile
@@ -32,6 +33,9 @@ _SUFFIXES: dict[str, Format] = {
     ".tar": "webdataset",
     ".txt": "text",
 }
+_PACKED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
+"""First bytes of compressed files -> what unpacks them."""
+_NULS = "it holds NUL characters, as UTF-16 does"
 
 
 class RowFault(ValueError):
@@ -82,20 +86,37 @@ class Rows(ABC):
         return number + 1
 
 
+def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
+    """Each line's number from 1, where it begins, and its bytes, without the mark of UTF-8 that a file may begin with.
+
+    Raises:
+        ConfigError: the file is UTF-16 or UTF-32.
+    """
+    offset = 0
+    with path.open("rb") as file:
+        for line, text in enumerate(file, start=1):
+            # Without a mark, the byte beside a line's end, or beside any ASCII letter, tells UTF-16 by the second line.
+            if line <= 2 and (
+                b"\0" in text or (line == 1 and text.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)))
+            ):
+                raise ConfigError(f"{path} is UTF-16, or holds NUL characters; save it as UTF-8")
+            mark = len(codecs.BOM_UTF8) if line == 1 and text.startswith(codecs.BOM_UTF8) else 0
+            yield line, offset + mark, text[mark:]
+            offset += len(text)
+
+
 class JsonLines(Rows):
-    """One JSON object a line; empty lines do not count as rows."""
+    """One JSON object a line; empty lines do not count as rows.
+
+    Raises:
+        ConfigError: the file is UTF-16.
+    """
 
     unit = "line"
 
     def __init__(self, path: Path) -> None:
         self.path, self.base, self.name = path, path.parent, str(path)
-        self._lines: list[tuple[int, int, int]] = []  # line, offset, length
-        offset = 0
-        with path.open("rb") as file:
-            for line, text in enumerate(file, start=1):
-                if text.strip():
-                    self._lines.append((line, offset, len(text)))
-                offset += len(text)
+        self._lines = [(line, offset, len(text)) for line, offset, text in _lines(path) if text.strip()]
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -110,6 +131,8 @@ class JsonLines(Rows):
         with self.path.open("rb") as file:
             file.seek(offset)
             text = file.read(length)
+        if b"\0" in text:
+            raise RowFault(_NULS)
         try:
             row = json.loads(text.decode("utf-8"))
         except UnicodeDecodeError:
@@ -122,7 +145,11 @@ class JsonLines(Rows):
 
 
 class CaptionLines(Rows):
-    """One caption a line, as `{"caption": …}`; of equal ones the first counts, empty lines do not count."""
+    """One caption a line, as `{"caption": …}`; of equal ones the first counts, empty lines do not count.
+
+    Raises:
+        ConfigError: the file is UTF-16.
+    """
 
     unit = "line"
 
@@ -131,24 +158,25 @@ class CaptionLines(Rows):
         self._lines: list[tuple[int, str | None, str]] = []
         seen: set[str] = set()
         self.empty = self.repeated = 0
-        with path.open("rb") as file:
-            for line, raw in enumerate(file, start=1):
-                if not raw.strip():
-                    self.empty += 1
-                    continue
-                try:
-                    caption = " ".join(raw.decode("utf-8-sig" if line == 1 else "utf-8").split())
-                except UnicodeDecodeError:
-                    self._lines.append((line, None, "it is not UTF-8"))
-                    continue
-                if len(caption) > LONGEST_CAPTION:
-                    why = f"it has {len(caption):,} characters; a caption has at most {LONGEST_CAPTION:,}"
-                    self._lines.append((line, None, why))
-                elif caption in seen:
-                    self.repeated += 1
-                else:
-                    seen.add(caption)
-                    self._lines.append((line, caption, ""))
+        for line, _, raw in _lines(path):
+            if not raw.strip():
+                self.empty += 1
+                continue
+            try:
+                caption = " ".join(raw.decode("utf-8").split())
+            except UnicodeDecodeError:
+                self._lines.append((line, None, "it is not UTF-8"))
+                continue
+            if "\0" in caption:
+                self._lines.append((line, None, _NULS))
+            elif len(caption) > LONGEST_CAPTION:
+                why = f"it has {len(caption):,} characters; a caption has at most {LONGEST_CAPTION:,}"
+                self._lines.append((line, None, why))
+            elif caption in seen:
+                self.repeated += 1
+            else:
+                seen.add(caption)
+                self._lines.append((line, caption, ""))
         if self.empty or self.repeated:
             logger.info("%s: %d empty lines and %d repeated captions passed over", path, self.empty, self.repeated)
 
@@ -170,6 +198,9 @@ class TarSamples(Rows):
 
     A sample's row is what its `json` member holds, or empty; `members` has the bytes of the others by their extension.
     A `txt` member is its caption.
+
+    Raises:
+        ConfigError: the file is compressed, or no tar file.
     """
 
     unit = "sample"
@@ -178,7 +209,7 @@ class TarSamples(Rows):
         self.path, self.base, self.name = path, path.parent, str(path)
         groups: dict[str, dict[str, tuple[int, int]]] = {}
         try:
-            with tarfile.open(path) as file:
+            with tarfile.open(path, "r:") as file:  # members are read by their offsets, which compression moves
                 for member in file:
                     folder, _, name = member.name.rpartition("/")
                     if member.isfile() and not name.startswith((".", "_")) and "." in name:
@@ -186,6 +217,10 @@ class TarSamples(Rows):
                         place = (member.offset_data, member.size)
                         groups.setdefault(f"{folder}/{key}", {})[extension.lower()] = place
         except tarfile.TarError as error:
+            if (tool := _unpacker(path)) is not None:
+                raise ConfigError(
+                    f"{path} is compressed; unpack it first, as with {tool} < {path.name} > unpacked.tar"
+                ) from None
             raise ConfigError(f"{path} is not a tar file, or is cut off ({error})") from None
         self._samples = list(groups.values())
 
@@ -215,6 +250,12 @@ class TarSamples(Rows):
             raise RowFault("its json member is no JSON object")
         others = {name: self.read(number, name) for name in members if name not in ("json", "txt")}
         return row | {"members": others}
+
+
+def _unpacker(path: Path) -> str | None:
+    with path.open("rb") as file:
+        first = file.read(8)
+    return next((tool for mark, tool in _PACKED.items() if first.startswith(mark)), None)
 
 
 class ArrowRows(Rows):
@@ -341,7 +382,9 @@ class Faults:
         places = [str(place) for place, _ in self.found]
         listed = ", ".join(places[:shown]) + (f" and {len(places) - shown} more" if len(places) > shown else "")
         reasons = list(dict.fromkeys(why for _, why in self.found))
-        told = "; ".join(reasons[:3]) + (f"; and {len(reasons) - 3} other reasons" if len(reasons) > 3 else "")
+        told = "; ".join(reasons[:3])
+        if more := len(reasons) - len(reasons[:3]):
+            told += f"; and {more} other reason{'s' if more > 1 else ''}"
         what = f"{self.unit}{'s' if len(places) > 1 else ''}"
         return f"{self.source}: {len(places)} of {self.rows} rows do not fit ({what} {listed}): {told}"
 

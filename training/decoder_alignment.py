@@ -51,6 +51,8 @@ class DecoderAlignmentRecipe(StageRecipe):
         StageRecipe.__post_init__(self)
         if not self.captions:
             raise ConfigError("captions names no modality, as in captions: {image: captions.txt}")
+        if not self.alignment_weight and not self.diffusion_weight:
+            raise ConfigError("alignment_weight and diffusion_weight are both 0: nothing would be learned")
         for template in (template for templates in self.requests.values() for template in templates):
             if "{caption}" not in template:
                 raise ConfigError(f"requests must say the caption, as in 'Make {{caption}}.', got '{template}'")

@@ -71,7 +71,7 @@ def prepare(recipe: EncoderAlignmentRecipe, config: AnyGenConfig) -> Prepared:
             def talk(rng: random.Random) -> list[Message]:
                 parts: list[Any] = [TextPart(rng.choice(asked)), media_part(modality, medium)]
                 parts = parts if rng.random() < 0.5 else parts[::-1]
-                said = recipe.answer.format(caption=medium.caption)
+                said = recipe.answer.replace("{caption}", str(medium.caption))
                 return [Message("user", tuple(parts)), Message("assistant", (TextPart(said),))]
 
             return item(rows, number, talk, talk(random.Random(0)), length=len(str(medium.caption)) // 4)

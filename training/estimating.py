@@ -30,7 +30,7 @@ from anygen.training.kept_states import constant_states
 from anygen.training.precompute import found
 from anygen.training.stage import Prepare, StageRecipe, llm_dtype, trained_encoders
 from anygen.training.stage_data import Item, learn
-from anygen.training.trainable import Selection, adapt, own_weights, select
+from anygen.training.trainable import Selection, adapt, groups, own_weights, select
 
 SAMPLE = 200
 """Conversations that are tokenised to tell how long they are."""
@@ -105,6 +105,7 @@ def estimate(recipe: StageRecipe, prepare: Prepare, trains: Sequence[str]) -> Es
     prepared = prepare(config)
     model = blueprint(directory, config, live, recipe)
     select(model, Selection(recipe.trains or tuple(trains), recipe.unfreeze))
+    groups(model, recipe.learning_rate, recipe.learning_rates, recipe.weight_decay)  # names of rates that fit nothing
     words = not config.routes or "llm" in own_weights(model)
     picked = random.Random(0).sample(prepared.items, min(SAMPLE, len(prepared.items)))
     learned = [

@@ -60,7 +60,9 @@ class KeptStates:
             ids, mask = (part.to(self.model.device) for part in pad(often[first : first + batch_size], 0))
             for key, runs in zip(_keys(ids, mask), self._read(ids, mask), strict=True):
                 self.kept[key] = runs
-        logger.info("states of %d contexts kept; the LLM reads %d others", len(often), len(counts) - len(often))
+        if often:
+            others = len(counts) - len(often)
+            logger.info("states of %d contexts are kept, %d others read as they come", len(often), others)
 
     def output(self, batch: Mapping[str, Any]) -> AnyGenOutput:
         """What the model's forward pass gives for `input_ids`, `attention_mask` and `conditions`, without states."""

@@ -106,7 +106,7 @@ class Questions(Dataset[dict[str, Any]]):
         question = TextPart(rng.choice(self.questions))
         medium: Any = MediaPart(self.modality, row)  # type: ignore[arg-type]  # its features stand in for it
         parts = (question, medium) if rng.random() < 0.5 else (medium, question)
-        said = self.answer.format(caption=self.pairs.captions[row])
+        said = self.answer.replace("{caption}", self.pairs.captions[row])
         messages = [Message("user", parts), Message("assistant", (TextPart(said),))]
         generator = torch.Generator().manual_seed(rng.getrandbits(62))
         feature = self.pairs.features[row]
@@ -222,7 +222,7 @@ def measure(
 ) -> dict[str, float]:
     """Asks the first question about each medium. Result as of `train`."""
     question = (recipe.questions or declared.questions)[0]
-    wanted = [(recipe.answer or declared.answer).format(caption=caption) for caption in pairs.captions]
+    wanted = [(recipe.answer or declared.answer).replace("{caption}", caption) for caption in pairs.captions]
     asked = [[Message("user", (TextPart(question), MediaPart(modality, row)))] for row in range(len(wanted))]  # type: ignore[arg-type]
     said = [words_of(answer) for answer in answers(model, asked, {modality: pairs.features})]
     right = sum(one.lower() == other.lower() for one, other in zip(said, wanted, strict=True))

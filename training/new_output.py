@@ -127,12 +127,15 @@ class Wording:
 
     def ask(self, caption: str, rng: random.Random) -> Message:
         """A request."""
-        return Message("user", (TextPart(rng.choice(self.requests).format(caption=caption)),))
+        return Message("user", (TextPart(rng.choice(self.requests).replace("{caption}", caption)),))
 
     def conversation(self, caption: str, rng: random.Random) -> list[Message]:
         """A request and its answer; the caption stands in for the medium."""
         medium: Any = MediaPart(self.modality, caption)  # type: ignore[arg-type]
-        return [self.ask(caption, rng), Message("assistant", (TextPart(self.answer.format(caption=caption)), medium))]
+        return [
+            self.ask(caption, rng),
+            Message("assistant", (TextPart(self.answer.replace("{caption}", caption)), medium)),
+        ]
 
 
 def own_conversations(

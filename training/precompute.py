@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anygen.errors import AnyGenError, ConfigError
+from anygen.errors import AnyGenError, ConfigError, OutputError
 from anygen.loading import find_generator, load_generator
 from anygen.model_config import AnyGenConfig, SourceConfig
 from anygen.model_parts import load_encoder, resolve_by_hub
@@ -69,6 +69,7 @@ def feature_cache(
 
     Raises:
         ConfigError: the encoder cannot read that size, or media have different numbers of tokens.
+        OutputError: the folder cannot be written.
     """
     part = config.inputs[modality].encoder
     where = found(directory, part.source)
@@ -126,6 +127,7 @@ def condition_cache(
 
     Raises:
         CheckpointError, HubError: the generator is not there.
+        OutputError: the folder cannot be written.
     """
     making = config.outputs[modality]
     where = find_generator(directory, making.generator.source)
@@ -163,9 +165,17 @@ def _alone(folder: Path) -> Iterator[None]:
     """One process fills a cache; the others of a run wait for it, and find it full."""
     from filelock import FileLock
 
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock"):
+    lock = FileLock(folder / ".lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        why = "it is a file" if isinstance(error, FileExistsError) else error.strerror or error
+        raise OutputError(f"cache: the folder {folder} cannot be written: {why}") from error
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def _short(identity: Mapping[str, Any]) -> str:

@@ -36,10 +36,18 @@ from anygen.training.chat_rows import Preference, check_fit, preference
 from anygen.training.data_rows import Rows, Source, read
 from anygen.training.instruction_tuning import sources
 from anygen.training.loop import RunLog, is_main, wait
-from anygen.training.stage import Prepared, Ready, StageRecipe, make_ready
-from anygen.training.stage_data import Item, as_features, item, learn, to
+from anygen.training.stage import Prepared, Ready, StageRecipe, make_ready, sifted, trained_encoders
+from anygen.training.stage_data import Item, Learned, as_features, item, learn, to
 from anygen.training.stage_run import begin_log, save, tell_parameters
-from anygen.training.stage_trainer import Log, callbacks, conduct, identity, optimizer, training_arguments
+from anygen.training.stage_trainer import (
+    Log,
+    callbacks,
+    check_reached,
+    conduct,
+    identity,
+    optimizer,
+    training_arguments,
+)
 from anygen.training.trainable import PARTS
 from anygen.training.trainer import WholeCheckpoints, on_one_gpu
 
@@ -75,8 +83,13 @@ def prepare(recipe: PreferenceTuningRecipe, config: AnyGenConfig) -> Prepared:
     """Reads and checks the pairs; an item's conversation is the prompt with the longer answer.
 
     Raises:
-        ConfigError: too many rows do not fit.
+        ConfigError: too many rows do not fit, or an encoder is to train.
     """
+    if trained := trained_encoders(recipe.unfreeze, config):
+        raise ConfigError(
+            f"unfreeze: preference tuning reads {', '.join(trained)} from the cache, as features; the other stages "
+            "can train encoders"
+        )
 
     def made(rows: Rows, number: int) -> Item:
         pair = preference(rows, number)
@@ -199,6 +212,32 @@ class PairCollator:
         return batch
 
 
+def choosing(items: Sequence[Item], model: AnyGenModel, allowed: float) -> list[Item]:
+    """Pairs whose answers differ in what is chosen.
+
+    Raises:
+        ConfigError: those left out are more than the share `allowed` of a file.
+    """
+
+    def fault(item: Item) -> str | None:
+        pair, words = cast(_Pair, item).pair, words_count(model)
+        chosen, rejected = (
+            learn(model.prompts, [*pair.prompt, answer], words=words, all_turns=False)
+            for answer in (pair.chosen, pair.rejected)
+        )
+        if _told(chosen) == _told(rejected):
+            return (
+                "the answers differ in words alone, which the LLM that stands still chooses; let them differ in media"
+            )
+        return None
+
+    return sifted(items, fault, allowed)
+
+
+def _told(learned: Learned) -> list[int]:
+    return [label for label in learned.labels if label != IGNORED]
+
+
 def dpo_trainer(recipe: PreferenceTuningRecipe, out: Path, ready: Ready, log: RunLog, told: Log) -> Any:
     """TRL's trainer of what is ready, with checkpoints as of every stage.
 
@@ -222,6 +261,11 @@ def dpo_trainer(recipe: PreferenceTuningRecipe, out: Path, ready: Ready, log: Ru
             if self.optimizer is None:
                 self.optimizer = optimizer(wrapped.inner, recipe)  # here, since sharding replaces parameters
             return self.optimizer
+
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            found = super().compute_loss(model, inputs, *args, **kwargs)
+            check_reached(found[0] if isinstance(found, tuple) else found, wrapped.inner, "pairs")
+            return found
 
         def create_model_card(self, *_: Any, **__: Any) -> None:
             """anygen has its own."""
@@ -294,6 +338,10 @@ def train(recipe: PreferenceTuningRecipe, out: Path) -> dict[str, float]:
     """
     log = begin_log(recipe, out)
     ready = make_ready(recipe, out, lambda config: prepare(recipe, config), trains(recipe))
+    good = {id(one) for one in choosing([*ready.train, *ready.held_out], ready.model, recipe.bad_rows)}
+    ready.train, ready.held_out = ([one for one in some if id(one) in good] for some in (ready.train, ready.held_out))
+    if recipe.count(len(ready.train)) == 0:
+        return {"steps": 0.0}
     tell_parameters(ready.model, log)
     told = Log(log)
     trainer = dpo_trainer(recipe, out, ready, log, told)

@@ -11,7 +11,7 @@ A list names recipes to be run one after the other, files beside it, each by its
     - {recipe: 10-vocoder.yaml, steps: 30000}
 
 A recipe may take its values from another, `extends: other.yaml` (or a list, of which later ones count), and state what
-differs; tables are joined key by key.
+differs; tables are joined key by key, and null takes a key out of a table.
 
 `run` validates all of it before anything is loaded. A value on the command line (`steps=10`) replaces the file's; in a
 list that of every recipe, or of the one that is named (`10-vocoder:steps=10`).
@@ -28,7 +28,7 @@ from typing import Any, cast
 import yaml
 
 from anygen.config import Config
-from anygen.errors import ConfigError
+from anygen.errors import ConfigError, OutputError
 
 KINDS: dict[str, tuple[str, str]] = {
     "autoencoder": ("anygen.training.autoencoder", "AutoencoderRecipe"),
@@ -106,9 +106,10 @@ def _aimed(override: str) -> str | None:
 def _load(path: Path, heirs: tuple[Path, ...] = ()) -> Any:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except OSError as error:
         told = f", which {heirs[-1]} extends" if heirs else ""
-        raise ConfigError(f"there is no recipe {path}{told}") from None
+        why = "" if isinstance(error, FileNotFoundError) else f" that can be read ({error.strerror})"
+        raise ConfigError(f"there is no recipe {path}{told}{why}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8: {error}") from None
     except yaml.YAMLError as error:
@@ -129,12 +130,17 @@ def _load(path: Path, heirs: tuple[Path, ...] = ()) -> Any:
     return _joined(merged, data)
 
 
-def _joined(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """`own` over `base`, tables key by key."""
+def _joined(base: dict[str, Any], own: dict[str, Any], *, inner: bool = False) -> dict[str, Any]:
+    """`own` over `base`, tables key by key; inside a table null takes a key out."""
     joined = dict(base)
     for key, value in own.items():
         known = base.get(key)
-        joined[key] = _joined(known, value) if isinstance(known, dict) and isinstance(value, dict) else value
+        if isinstance(known, dict) and isinstance(value, dict):
+            joined[key] = _joined(known, value, inner=True)
+        elif inner and value is None:
+            joined.pop(key, None)
+        else:
+            joined[key] = value
     return joined
 
 
@@ -146,15 +152,25 @@ def _read_one(path: Path, data: Any, overrides: Sequence[str]) -> Run:
         if not equals or not key:
             raise ConfigError(f"'{override}' is not of the form key=value")
         *parents, last = key.split(".")
+        try:
+            given = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"'{override}': the value is not YAML ({' '.join(str(error).split())})") from None
         table = data
-        for parent in parents:
+        for number, parent in enumerate(parents, start=1):
             table = table.setdefault(parent, {})
-        table[last] = yaml.safe_load(value)
+            if not isinstance(table, dict):
+                raise ConfigError(f"'{override}': {'.'.join(parents[:number])} is {table!r}, which has no keys")
+        if parents and given is None:
+            table.pop(last, None)
+        else:
+            table[last] = given
     kind, out = data.pop("kind", None), data.pop("out", None)
     if kind not in KINDS:
         raise ConfigError(f"{path}: kind is '{kind}'; known kinds: {', '.join(KINDS)}")
     if not isinstance(out, str):
-        raise ConfigError(f"{path}: key 'out' is missing: the folder that the results go to")
+        told = "is missing:" if out is None else f"is {out!r}, not"
+        raise ConfigError(f"{path}: key 'out' {told} the folder that the results go to")
     module = import_module(KINDS[kind][0])
     recipe_class: type[Config] = getattr(module, KINDS[kind][1])
     try:
@@ -164,16 +180,20 @@ def _read_one(path: Path, data: Any, overrides: Sequence[str]) -> Run:
 
 
 def run(path: Path, overrides: Sequence[str] = ()) -> dict[str, float]:
-    """Reads and runs a recipe or a list of them; each as it ran is kept beside its results. Raises as `read`.
+    """Reads and runs a recipe or a list of them; each as it ran is kept beside its results. Raises as `read`, and
+    OutputError where results cannot be written.
 
     Returns:
         The figures of the recipe; of a list those of each, by "name: figure".
     """
     runs, figures = read(path, overrides), dict[str, float]()
     for one in runs:
-        one.out.mkdir(parents=True, exist_ok=True)
         stated = yaml.safe_dump(one.recipe.to_dict(), sort_keys=False)
-        (one.out / f"{one.name}.recipe.yaml").write_text(stated, encoding="utf-8")
+        try:
+            one.out.mkdir(parents=True, exist_ok=True)
+            (one.out / f"{one.name}.recipe.yaml").write_text(stated, encoding="utf-8")
+        except OSError as error:
+            raise OutputError(f"{one.out} cannot take the results: {error.strerror} ({error.filename})") from None
         found = one.train(one.recipe, one.out)
         figures |= found if len(runs) == 1 else {f"{one.name}: {name}": value for name, value in found.items()}
         _forget()
@@ -183,8 +203,14 @@ def run(path: Path, overrides: Sequence[str] = ()) -> dict[str, float]:
 def dry_run(path: Path, overrides: Sequence[str] = ()) -> None:
     """Reads a recipe or a list of them and prints what each will take; nothing is trained or written. Raises as `read`,
     and for the stages on a user's data ConfigError for rows and names that do not fit."""
+    made: dict[Path, str] = {}
     for one in read(path, overrides):
         module = import_module(type(one.recipe).__module__)
+        earlier = made.get(Path(getattr(one.recipe, "model", "")).absolute())
+        made[(one.out / "model").absolute()] = one.name
+        if earlier is not None:
+            print(f"{one.name}: the recipe is right; its data and parts are checked when {earlier} has made its model")
+            continue
         if not hasattr(module, "trains"):
             print(f"{one.name}: the recipe is right; there is no estimate for its kind")
             continue

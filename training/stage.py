@@ -7,9 +7,13 @@ Source: the stages of NExT-GPT (arXiv:2309.05519) and of the MM-LLMs survey (arX
 """
 
 import logging
+import math
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +36,21 @@ from anygen.training.trainable import PeftSettings, Selection, adapt, own_weight
 logger = logging.getLogger("anygen.training")
 
 Schedule = Literal["cosine", "linear", "constant"]
+
+
+POSITIVE = (
+    "epochs",
+    "max_grad_norm",
+    "image_size",
+    "min_snr",
+    "evaluate_every",
+    "save_every",
+    "sample_every",
+    "retention_every",
+    "retention_probes",
+)
+"""Keys of a recipe whose values are greater than 0, or null where they may be."""
+NONE = {name: "; null for never" for name in ("evaluate_every", "save_every", "retention_every")}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,8 +112,9 @@ class StageRecipe(Config):
     """Steps between measurements of the held-out data; None: before and after only."""
     save_every: int | None = None
     """Steps between checkpoints in OUT/checkpoints, of which two are kept; None: none."""
-    resume: bool = False
-    """Goes on from the last checkpoint in OUT/checkpoints, if there is one."""
+    resume: bool = True
+    """Goes on from the last checkpoint in OUT/checkpoints, if there is one: a run that was stopped; otherwise it begins
+    anew."""
     report_to: tuple[str, ...] = ("tensorboard",)
     """Where curves go: tensorboard (OUT/tensorboard), wandb, trackio, …, as `transformers.Trainer` knows them."""
     samples: tuple[str, ...] = ()
@@ -108,6 +128,21 @@ class StageRecipe(Config):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        rates = {"learning_rate": self.learning_rate} | {
+            f"learning_rates.{k}": v for k, v in self.learning_rates.items()
+        }
+        for name, value in (rates | {"weight_decay": self.weight_decay}).items():
+            if not 0 <= value < math.inf:
+                raise ConfigError(f"{name} is 0 or more, got {value:g}")
+        if not 0 <= self.warmup <= 1:
+            raise ConfigError(f"warmup is a share of the steps, from 0 to 1, got {self.warmup:g}")
+        for name in POSITIVE:
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"{name} is greater than 0, got {value:g}" + NONE.get(name, ""))
+        for name in ("workers", "seed"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} is 0 or more, got {getattr(self, name)}")
         if not 0 <= self.held_out < 1 or not 0 <= self.bad_rows < 1:
             raise ConfigError("held_out and bad_rows are shares, from 0 to less than 1")
         if min(self.batch_size, self.accumulate, self.max_tokens) < 1 or self.steps < 0:
@@ -172,6 +207,9 @@ def make_ready(recipe: StageRecipe, out: Path, prepare: Prepare, trains: Sequenc
     """Data, caches and model, in this order, so that what is wrong is told early. As for `stage_run.run`."""
     directory = model_directory(recipe.model)
     config = AnyGenConfig.load(directory / CONFIG)
+    check_reports(recipe.report_to)
+    if not sys.stderr.isatty():
+        quiet_bars()
     if torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # of several processes each has its own
     device = choose_device(None)
@@ -190,17 +228,17 @@ def make_ready(recipe: StageRecipe, out: Path, prepare: Prepare, trains: Sequenc
         model.set_metric(modality, unit_metric(cache))
     torch.manual_seed(recipe.seed)  # here: whether a cache had to be filled must not count
     adapt(model.llm, recipe.peft)
+    if recipe.activation_checkpointing:
+        base: Any = model.llm.base  # transformers renames the method
+        getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)({"use_reentrant": False})
     hooks = select(model, Selection(recipe.trains or tuple(trains), recipe.unfreeze))
     words = not model.settings.routes or "llm" in own_weights(model)
 
     def make(messages: list[Any]) -> Learned:
         return learn(model.prompts, messages, words=words, all_turns=prepared.all_turns)
 
-    lengths = None
-    if prepared.exact:
-        items, lengths = with_lengths(items, make, recipe)
-        text, more = with_lengths(text, make, recipe)
-        lengths |= more
+    items, lengths = with_lengths(items, make, recipe)
+    text, more = with_lengths(text, make, recipe)
     held = min(int(recipe.held_out * len(items)), len(items) - 1)
     picked = torch.randperm(len(items), generator=torch.Generator().manual_seed(recipe.seed)).tolist()
     return Ready(
@@ -216,8 +254,34 @@ def make_ready(recipe: StageRecipe, out: Path, prepare: Prepare, trains: Sequenc
         make=make,
         words=prepared.words,
         share=prepared.share,
-        lengths=lengths,
+        lengths=lengths | more if prepared.exact else None,
     )
+
+
+def check_reports(names: Sequence[str]) -> None:
+    """Refuses what the trainer cannot report to, before anything is computed.
+
+    Raises:
+        ConfigError: an unknown name.
+    """
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            near = get_close_matches(name, INTEGRATION_TO_CALLBACK, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(sorted(INTEGRATION_TO_CALLBACK))}"
+            raise ConfigError(f"report_to: nothing is known of '{name}'; {hint}")
+
+
+def quiet_bars() -> None:
+    """Keeps the bars of libraries out of a log file."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    with suppress(ImportError):
+        from datasets import disable_progress_bars
+
+        disable_progress_bars()
 
 
 def _folder(recipe: StageRecipe, out: Path) -> Path:
@@ -260,6 +324,8 @@ def _conditions(
             captions.setdefault(modality, []).append(caption)
     if recipe.diffusion_weight and not captions:
         raise ConfigError("diffusion_weight: no answer in the data holds a medium")
+    if recipe.diffusion_weight and not any(item.with_media for item in items):
+        raise ConfigError("diffusion_weight: the answers of the data hold captions alone, and no medium to learn from")
     for modality in captions:
         find_generator(directory, config.outputs[modality].generator.source)
     folder, verify = _folder(recipe, out), recipe.verify_cache
@@ -285,7 +351,7 @@ def without(items: Sequence[Item], unread: Mapping[str, str], allowed: float) ->
     def fault(item: Item) -> str | None:
         return next((unread[medium.key] for _, medium in item.media if medium.key in unread), None)
 
-    return _sifted(items, fault, allowed)
+    return sifted(items, fault, allowed)
 
 
 def with_lengths(
@@ -300,10 +366,11 @@ def with_lengths(
         tokens = lengths[id(item)]
         return f"it has {tokens:,} tokens; max_tokens is {recipe.max_tokens:,}" if tokens > recipe.max_tokens else None
 
-    return _sifted(items, fault, recipe.bad_rows), lengths
+    return sifted(items, fault, recipe.bad_rows), lengths
 
 
-def _sifted(items: Sequence[Item], fault: Callable[[Item], str | None], allowed: float) -> list[Item]:
+def sifted(items: Sequence[Item], fault: Callable[[Item], str | None], allowed: float) -> list[Item]:
+    """Items in which there is no fault; of the others file, place and reason are told. Raises as `without`."""
     files: dict[str, Faults] = {}
     good: list[Item] = []
     for item in items:

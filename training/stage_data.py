@@ -42,6 +42,8 @@ class Item:
     """What is made, by modality."""
     length: int = 0
     """About how long it is, where it is not always the same."""
+    with_media: bool = False
+    """Whether an answer's medium itself is there, beside its caption."""
 
     @property
     def where(self) -> str:
@@ -60,6 +62,7 @@ def item(rows: Rows, number: int, talk: Talk, messages: Sequence[Message], *, le
         media=tuple((part.modality, shown(part)) for role, part in parts if role != "assistant"),
         captions=tuple((part.modality, str(shown(part).caption)) for role, part in parts if role == "assistant"),
         length=length,
+        with_media=any(role == "assistant" and bool(shown(part).key) for role, part in parts),
     )
 
 

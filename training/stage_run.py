@@ -1,17 +1,20 @@
 """Runs a stage from its recipe to `out/model`."""
 
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from transformers.trainer_utils import get_last_checkpoint
+
 from anygen.model import AnyGenModel
 from anygen.model_config import SourceConfig
-from anygen.training.adapters import finish
-from anygen.training.loop import RunLog
+from anygen.training.adapters import CHECKPOINTS, finish, forget_checkpoints
+from anygen.training.loop import RunLog, is_main
 from anygen.training.stage import Prepare, StageRecipe, make_ready
-from anygen.training.stage_trainer import fit
+from anygen.training.stage_trainer import CURVES, fit
 from anygen.training.trainable import own_weights
 
 
@@ -43,10 +46,13 @@ def run(recipe: StageRecipe, out: Path, prepare: Prepare, trains: Sequence[str])
 
 
 def begin_log(recipe: StageRecipe, out: Path) -> RunLog:
-    """`out/training.jsonl`, without what an earlier run left there, unless that is gone on with."""
-    log = RunLog(out, "training")
-    if not recipe.resume:
+    """`out/training.jsonl`; of an earlier run that is not gone on with it goes, with checkpoints and curves."""
+    log, folder = RunLog(out, "training"), out / CHECKPOINTS
+    if not (recipe.resume and folder.is_dir() and get_last_checkpoint(str(folder))):
         log.restore("")
+        forget_checkpoints(out)
+        if is_main():
+            shutil.rmtree(out / CURVES, ignore_errors=True)
     return log
 
 
@@ -91,4 +97,6 @@ def save(recipe: StageRecipe, out: Path, model: AnyGenModel) -> Path:
         one = replace(one, input=replace(one.input, encoder=encoder))
         settings = replace(settings, modalities=settings.modalities | {modality: one})
     model.settings = settings
-    return finish(model.requires_grad_(False), out, name=recipe.name)
+    written = finish(model.requires_grad_(False), out, name=recipe.name)
+    forget_checkpoints(out)
+    return written

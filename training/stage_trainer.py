@@ -17,16 +17,19 @@ from anygen.features import Condition
 from anygen.generators.base import Generator
 from anygen.loading import load_generator, memory
 from anygen.model import AnyGenModel, AnyGenOutput
+from anygen.training.adapters import CHECKPOINTS
 from anygen.training.kept_states import KeptStates, constant_states
 from anygen.training.loop import RunLog, world_size
 from anygen.training.sharding import check_shardable, name_layers, whole
 from anygen.training.stage import Ready, StageRecipe
 from anygen.training.stage_data import Collator, Item, Mixed, arguments, to
-from anygen.training.trainable import groups
+from anygen.training.trainable import beginning, clean, groups
 from anygen.training.trainer import ITEMS, LAZY, Numbered, SafeTrainer, on_one_gpu, with_equal_gradients
 
 logger = logging.getLogger("anygen.training")
 
+CURVES = "tensorboard"
+"""Folder of a run."""
 FREE = (
     "name",
     "cache",
@@ -83,6 +86,7 @@ class StageTrainer(SafeTrainer):
         if all(loss is None for loss in parts.values()):
             raise ConfigError(f"nothing is learned in the batch of {self._told(items)}")
         loss = self.mean_of_all(output, given)
+        check_reached(loss, cast(Any, model), self._told(items))
         if "pictures" in given:
             parts["diffusion_loss"] = diffusion(output, given["pictures"], self.generators, self.noise)
             loss = loss + self.recipe.diffusion_weight * parts["diffusion_loss"]
@@ -110,6 +114,17 @@ class StageTrainer(SafeTrainer):
             logs |= {name: total / self._counts[name] for name, total in self._sums.items()}
             self._sums, self._counts = {}, {}
         super().log(logs, *args, **kwargs)
+
+
+def check_reached(loss: Tensor, model: torch.nn.Module, items: str) -> None:
+    """Of a step of training, whether anything that trains took part in its loss.
+
+    Raises:
+        ConfigError: nothing did.
+    """
+    if model.training and torch.is_grad_enabled() and not loss.requires_grad:
+        parts = sorted({".".join(beginning(clean(name))) for name, p in model.named_parameters() if p.requires_grad})
+        raise ConfigError(f"nothing that trains ({', '.join(parts)}) takes part in the batch of {items}: see trains")
 
 
 def diffusion(
@@ -156,6 +171,13 @@ class Log(TrainerCallback):
             self.written.write(step=state.global_step, **told)
 
 
+class Bar(ProgressCallback):
+    """The trainer's progress bar; figures are in the run's own log, which is printed too."""
+
+    def on_log(self, *_: Any, **__: Any) -> None:
+        """Nothing."""
+
+
 def frozen_generators(recipe: StageRecipe, ready: Ready) -> dict[str, Generator]:
     """The generators of the diffusion loss, frozen; none without it.
 
@@ -193,7 +215,7 @@ def training_arguments(recipe: StageRecipe, out: Path, steps: int, ready: Ready)
     on_cpu = ready.model.device.type == "cpu"
     every = max(1, min(20, steps // 20, recipe.save_every or steps))
     return dict(
-        output_dir=str(out / "checkpoints"),
+        output_dir=str(out / CHECKPOINTS),
         max_steps=steps,
         per_device_train_batch_size=recipe.batch_size // world,
         per_device_eval_batch_size=recipe.batch_size // world,
@@ -230,7 +252,7 @@ def callbacks(recipe: StageRecipe, out: Path, ready: Ready, log: Log) -> list[Tr
 
     told: list[TrainerCallback] = [log]
     writer = None
-    if "tensorboard" in recipe.report_to and (board := tensorboard(out / "tensorboard")) is not None:
+    if "tensorboard" in recipe.report_to and (board := tensorboard(out / CURVES)) is not None:
         callback, writer = board
         told.append(callback)
     if recipe.samples:
@@ -267,9 +289,6 @@ def fit(recipe: StageRecipe, out: Path, ready: Ready, log: RunLog) -> dict[str, 
         lengths=(lambda item: lengths(id(item))) if lengths is not None else (lambda item: item.length),
     )
     measured = Mixed(ready.held_out, ready.make, count=len(ready.held_out), batch_size=1, seed=recipe.seed + 1)
-    if recipe.activation_checkpointing:
-        base: Any = model.llm.base  # transformers renames the method
-        getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)({"use_reentrant": False})
     told = Log(log)
     numbered = Numbered(data)
     trainer = StageTrainer(
@@ -306,9 +325,10 @@ def conduct(trainer: Trainer, recipe: StageRecipe, ready: Ready, told: Log, last
     Raises:
         OutOfMemoryError: says what to lower.
     """
-    trainer.remove_callback(PrinterCallback)
-    if not sys.stderr.isatty():
-        trainer.remove_callback(ProgressCallback)
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    if sys.stderr.isatty():
+        trainer.add_callback(Bar)
     # Not by `evaluate`, after which several processes would train each by itself. A run that goes on has it in its log.
     trainer.args.eval_on_start = bool(ready.held_out) and last is None
     if last is not None:

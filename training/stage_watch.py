@@ -31,8 +31,15 @@ def tensorboard(folder: Path) -> tuple[TrainerCallback, Any] | None:
     except ImportError:
         logger.warning("curves are not written: TensorBoard is not installed (pip install 'anygen-mm[train]')")
         return None
+
+    class Board(TensorBoardCallback):
+        """Stays open: the last measurement comes after the training."""
+
+        def on_train_end(self, *_: Any, **__: Any) -> None:
+            writer.flush()
+
     writer: Any = SummaryWriter(log_dir=str(folder))
-    return TensorBoardCallback(tb_writer=writer), writer
+    return Board(tb_writer=writer), writer
 
 
 class Samples(TrainerCallback):

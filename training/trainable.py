@@ -161,6 +161,10 @@ def select(model: AnyGenModel, selection: Selection) -> list[Any]:
                 + f"; known: {', '.join(PARTS)}"
             )  # fmt: skip
         if part == "llm":
+            if modality:
+                raise ConfigError(
+                    f"trains: llm is its adapter, whole; weights of its own are named by unfreeze, not {name}"
+                )
             _thaw_adapter(model.llm)
         elif part == "signal_tokens":
             rows = None if not modality or rows is None else rows | _rows(model, modality)
@@ -211,6 +215,8 @@ def _thaw_rows(model: AnyGenModel, rows: set[int] | None) -> list[Any]:
 
 def _thaw_pattern(model: AnyGenModel, pattern: str) -> None:
     names = {clean(name): parameter for name, parameter in model.named_parameters()}
+    if pattern.startswith("generators."):
+        raise ConfigError(f"unfreeze: generators stand still, got '{pattern}'; the LLM and encoders can train")
     found = [name for name in names if fnmatchcase(name, pattern)]
     if not found:
         near = get_close_matches(pattern.replace("*", ""), names, n=1, cutoff=0.3)
@@ -267,13 +273,14 @@ def groups(model: nn.Module, rate: float, rates: Mapping[str, float], weight_dec
         decay = 0.0 if parameter.ndim < 2 or name.startswith("signal_tokens.") else weight_decay
         told.setdefault((rates.get(key, rate), decay, key or "all else"), []).append(parameter)
     if unused := [key for key in rates if key not in used]:
-        parts = sorted({".".join(_beginning(name)) for name in trained})
+        parts = sorted({".".join(beginning(name)) for name in trained})
         raise ConfigError(
             f"learning_rates: nothing that trains is named '{unused[0]}'; what trains: {', '.join(parts)}"
         )
     return [{"params": part, "lr": lr, "weight_decay": decay, "name": key} for (lr, decay, key), part in told.items()]
 
 
-def _beginning(name: str) -> Sequence[str]:
+def beginning(name: str) -> Sequence[str]:
+    """The part that a parameter belongs to, and of projectors and encoders its modality, as steps of its name."""
     steps = name.split(".")
     return steps[:2] if steps[0].endswith(("projectors", "encoders")) else steps[:1]

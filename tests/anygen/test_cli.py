@@ -345,6 +345,12 @@ def test_train_runs_a_recipe_and_prints_its_figures(run: Run, monkeypatch: pytes
     code, out, _ = run("train", "a.yaml", "steps=3", "optimizer.rate=1e-3", model=False)
     assert (code, out) == (0, "loss: 0.125\n")
     assert given == [Path("a.yaml"), ["steps=3", "optimizer.rate=1e-3"]]
+    tried: list[Any] = []
+    monkeypatch.setattr("anygen.training.recipes.dry_run", lambda *told: tried.extend(told))
+    assert run("train", "a.yaml", "steps=3", "--dry-run", "out=x", model=False)[0] == 0
+    assert tried == [Path("a.yaml"), ["steps=3", "out=x"]]
+    code, _, error = run("train", "a.yaml", "--dry", "out", "--fast=1", model=False)
+    assert code == 2 and "unrecognized arguments: " in error
 
 
 def test_eval_prints_a_table_or_json(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import random
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from anygen.messages import MediaPart, Message, TextPart
 from anygen.model_config import AnyGenConfig
 from anygen.training.chat_rows import Shown, captioned, check_fit, conversation, preference, shown
 from anygen.training.data_rows import RowFault, read
+from anygen.training.encoder_alignment import EncoderAlignmentRecipe, prepare
 
 PICTURE = Image.from_any(np.arange(4 * 4 * 3, dtype=np.uint8).reshape(4, 4, 3))
 CHAT: dict[str, Any] = {
@@ -103,7 +105,11 @@ ANSWER = {"role": "assistant", "content": "Yes."}
     ("row", "told"),
     [
         ({}, "it has no 'messages'; wanted: "),
-        ({"messages": []}, "its messages are empty"),
+        ({"messages": []}, "its 'messages' is empty; wanted: {\"messages\": ["),
+        ({"messages": 3}, "its 'messages' is int; wanted: {\"messages\": ["),
+        ({"messages": "Hi"}, "its 'messages' is a string that is no JSON; wanted: {\"messages\": ["),
+        ({"messages": [ANSWER]}, "it has no message of the user that its answer could be to"),
+        ({"messages": [{"role": "system", "content": "Be brief."}, ANSWER]}, "it has no message of the user"),
         ({"messages": [user("Hi"), ANSWER, user("And?")]}, "its last message is the user's"),
         ({"messages": [user("Hi"), {"role": "assistant"}]}, "message 2 lacks 'role' or 'content'"),
         ({"messages": [{"role": "robot", "content": "Hi"}]}, "unknown role 'robot'; known: system, user, assistant"),
@@ -127,7 +133,11 @@ def test_a_row_that_does_not_fit_says_why(row: Any, told: str, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"chosen": None}, "it has no 'chosen'; wanted: prompt, chosen and rejected, each a list of messages"),
+        ({"chosen": "lacking"}, "it has no 'chosen'; wanted: {.prompt.: .* .chosen.: .* .rejected.: "),
+        ({"chosen": None}, "its 'chosen' is empty; wanted: {.prompt.: "),
+        ({"rejected": []}, "its 'rejected' is empty; wanted: {.prompt.: "),
+        ({"prompt": "Hi"}, "its 'prompt' is a string that is no JSON; wanted: {.prompt.: "),
+        ({"rejected": [{"role": "assistant", "content": ""}]}, "message 1 of 'rejected' is empty"),
         ({"prompt": [user("Hi"), ANSWER]}, "its prompt ends with the assistant's message, not with the user's"),
         ({"chosen": [ANSWER, ANSWER]}, "its 'chosen' must be one message of the assistant"),
         ({"rejected": [ANSWER]}, "its two answers are the same"),
@@ -137,7 +147,7 @@ def test_a_preference_that_does_not_fit_says_why(changes: dict[str, Any], told: 
     good = {"prompt": [user("Hi")], "chosen": [ANSWER], "rejected": {"role": "assistant", "content": "No."}}
     (found,) = read(lines(tmp_path / "g.jsonl", good), preference)
     assert (found.chosen.text, found.rejected.text, found.prompt[0].text) == ("Yes.", "No.", "Hi")
-    row = {key: value for key, value in (good | changes).items() if value is not None}
+    row = {key: value for key, value in (good | changes).items() if value != "lacking"}
     with pytest.raises(ConfigError, match=told):
         read(lines(tmp_path / "b.jsonl", row), preference)
 
@@ -154,3 +164,10 @@ def test_a_preference_that_does_not_fit_says_why(changes: dict[str, Any], told: 
 def test_what_a_model_cannot_learn_from_is_told(messages: list[Message], told: str, tiny_config: AnyGenConfig) -> None:
     with pytest.raises(RowFault, match=told):
         check_fit(messages, tiny_config)
+
+
+def test_an_encoders_answer_may_hold_other_braces(tmp_path: Path, png: bytes, tiny_config: AnyGenConfig) -> None:
+    data = {"image": lines(tmp_path / "c.jsonl", {"image": "p.png", "caption": "a {gradient}"})}
+    recipe = EncoderAlignmentRecipe(model="m", data=data, answer="{x} is {caption} {}")  # type: ignore[arg-type]
+    (item,) = prepare(recipe, tiny_config).items
+    assert item.talk(random.Random(0))[-1].text == "{x} is a {gradient} {}"

@@ -1,8 +1,12 @@
 """Rows of every kind of file are the same rows, and what is wrong with some is told by their places."""
 
+import bz2
+import gzip
 import io
 import json
+import lzma
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -108,12 +112,52 @@ def test_broken_lines_are_counted_and_left_out_up_to_a_share(
         read(str(path), itself, 0.9)
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("name", ["c.txt", "c.jsonl"])
+def test_a_file_of_utf_16_is_refused_whole(name: str, encoding: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes("".join(f'{{"caption": "a thing {n}"}}\n' for n in range(5)).encode(encoding))
+    with pytest.raises(ConfigError, match=rf"{name} is UTF-16, or holds NUL characters; save it as UTF-8"):
+        read(str(tmp_path / name), itself, 0.9)
+
+
+@pytest.mark.parametrize("name", ["c.txt", "c.jsonl"])
+def test_lines_of_utf_16_behind_others_do_not_fit(name: str, tmp_path: Path) -> None:
+    lines = [f'{{"caption": "a thing {n}"}}\n' for n in range(4)]
+    (tmp_path / name).write_bytes("".join(lines[:3]).encode() + lines[3].rstrip().encode("utf-16-le"))
+    with pytest.raises(ConfigError, match=r"\(line 4\): it holds NUL characters, as UTF-16 does;"):
+        read(str(tmp_path / name), itself)
+    assert len(read(str(tmp_path / name), itself, 0.5)) == 3
+
+
+def test_the_mark_of_utf_8_is_no_part_of_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + "".join(json.dumps(row) + "\n" for row in ROWS).encode())
+    assert read(str(path), itself) == ROWS
+    path.write_bytes(b"\xef\xbb\xbf\n" + json.dumps(ROWS[0]).encode())
+    assert read(str(path), itself) == ROWS[:1]
+    (tmp_path / "c.txt").write_bytes(b"\xef\xbb\xbf\na red apple")
+    assert read(str(tmp_path / "c.txt"), itself) == [{"caption": "a red apple"}]
+
+
+@pytest.mark.parametrize(
+    ("pack", "tool"), [(gzip.compress, "gunzip"), (bz2.compress, "bunzip2"), (lzma.compress, "unxz")]
+)
+def test_a_compressed_tar_is_refused(pack: Callable[[bytes], bytes], tool: str, tmp_path: Path) -> None:
+    path = tar(tmp_path / "s.tar", {"0.txt": b"a red apple"})
+    path.write_bytes(pack(path.read_bytes()))
+    with pytest.raises(ConfigError) as caught:
+        read(str(path), itself)
+    assert str(caught.value) == f"{path} is compressed; unpack it first, as with {tool} < s.tar > unpacked.tar"
+
+
 def test_a_report_is_one_sentence_however_many_there_are() -> None:
     faults = Faults("f.jsonl", "line", 100, [(n, f"reason {n % 5}") for n in range(20)])
     assert faults.report() == (
         "f.jsonl: 20 of 100 rows do not fit (lines 0, 1, 2, 3, 4, 5, 6, 7 and 12 more): "
         "reason 0; reason 1; reason 2; and 2 other reasons"
     )
+    faults.found = faults.found[:4]
+    assert faults.report().endswith("reason 0; reason 1; reason 2; and 1 other reason")
 
 
 def refuse(rows: Rows, number: int) -> None:

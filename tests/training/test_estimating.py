@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from anygen.errors import ConfigError
 from anygen.training import decoder_alignment, encoder_alignment, estimating, instruction_tuning, preference_tuning
 from anygen.training.decoder_alignment import DecoderAlignmentRecipe
 from anygen.training.encoder_alignment import EncoderAlignmentRecipe
@@ -106,12 +107,18 @@ def test_a_dry_run_tells_and_writes_nothing(
         f"data: {{image: {user_data / 'pairs.jsonl'}}}\nsteps: 3\n"
     )
     (tmp_path / "mini.yaml").write_text("kind: autoencoder\nout: o\nicons: i\n")
-    (tmp_path / "list.yaml").write_text("- r.yaml\n- mini.yaml\n")
+    (tmp_path / "next.yaml").write_text(
+        f"kind: encoder_alignment\nout: o\nmodel: {tmp_path / 'out' / 'model'}\ndata: {{image: x}}\n"
+    )
+    (tmp_path / "list.yaml").write_text("- r.yaml\n- mini.yaml\n- next.yaml\n")
     dry_run(tmp_path / "list.yaml")
     told = capsys.readouterr().out
     assert "input_projectors" in told and "r: 12 conversations of" in told and "3 steps" in told
     assert "computed into caches first: 12 media" in told and "memory on cpu: about" in told
     assert "mini: the recipe is right; there is no estimate for its kind" in told
+    assert "next: the recipe is right; its data and parts are checked when r has made its model" in told
+    with pytest.raises(ConfigError, match="learning_rates: nothing that trains is named 'llm'"):
+        dry_run(tmp_path / "r.yaml", ["learning_rates={llm: 1.0}"])
     assert not (tmp_path / "out").exists()
 
 

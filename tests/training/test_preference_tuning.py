@@ -1,5 +1,7 @@
 """Preferences: the loss is DPO's, over what an answer chooses, and media become likelier where they are preferred."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -160,10 +162,30 @@ def test_a_run_that_is_stopped_goes_on_bit_for_bit_and_is_written_whole(
     assert not [path for path in (tmp_path / "full" / "checkpoints").rglob("*") if path.is_file()]
 
 
+def test_pairs_that_teach_nothing_are_bad_rows(user_model: Path, user_data: Path, tmp_path: Path) -> None:
+    """Where words are the untouched LLM's, an answer in other words is the same choice."""
+    say = {"role": "user", "content": "Is it?"}
+    no, yes = ([{"role": "assistant", "content": words}] for words in ("no", "yes it is"))
+    rows = [{"prompt": [say], "chosen": yes, "rejected": no}]
+    (tmp_path / "words.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    model = AnyGenModel.from_pretrained(user_model)
+    recipe = recipe_of(user_model, user_data, data=str(tmp_path / "words.jsonl"))
+    with pytest.raises(ConfigError, match="1 of 1 rows do not fit .*: the answers differ in words alone"):
+        preference_tuning.train(recipe, tmp_path / "out")
+    (one,) = preference_tuning.prepare(recipe, model.settings).items
+    model.settings = replace(model.settings, routes=False)
+    assert preference_tuning.choosing([one], model, 0.0) == [one], "there its words are its own"
+
+
 def test_bad_values_are_told(user_model: Path, user_data: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="beta is greater than 0, got 0"):
         recipe_of(user_model, user_data, beta=0.0)
     with pytest.raises(ConfigError, match="sft_weight is at least 0, got -1"):
         recipe_of(user_model, user_data, sft_weight=-1.0)
-    with pytest.raises(ConfigError, match="12 of 12 rows do not fit .*: it has no 'prompt'; wanted: prompt, chosen"):
+    with pytest.raises(ConfigError, match="unfreeze: preference tuning reads image from the cache, as features"):
+        preference_tuning.train(recipe_of(user_model, user_data, unfreeze=("encoders.image.*",)), tmp_path)
+    with pytest.raises(ConfigError, match=r"nothing that trains \(input_projectors.image\) takes part in"):
+        preference_tuning.train(recipe_of(user_model, user_data, trains=("input_projectors.image",)), tmp_path)
+    assert preference_tuning.train(recipe_of(user_model, user_data, steps=0), tmp_path) == {"steps": 0.0}
+    with pytest.raises(ConfigError, match="12 of 12 rows do not fit .*: it has no 'prompt'; wanted: .*rejected"):
         preference_tuning.train(recipe_of(user_model, user_data, data=str(user_data / "chats.jsonl")), tmp_path)

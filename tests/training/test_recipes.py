@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from anygen.errors import ConfigError
+from anygen.errors import ConfigError, OutputError
 from anygen.training import recipes
 from anygen.training.autoencoder import AutoencoderRecipe, train
 
@@ -117,6 +117,9 @@ def test_the_lists_of_the_embedded_default_hold_each_recipe_once() -> None:
         (GOOD, ["stepz=3"], "unknown key 'stepz', did you mean 'steps'"),
         (GOOD, ["steps=many"], "'steps': Input should be a valid integer"),
         ("kind: autoencoder\nout: x\n", [], "key 'icons' is missing"),
+        ("kind: autoencoder\nout: 5\nicons: x\n", [], "key 'out' is 5, not the folder that the results go to"),
+        (GOOD, ["steps.x=3"], "'steps.x=3': steps is 10, which has no keys"),
+        (GOOD, ["icons=["], "'icons=[': the value is not YAML"),
     ],
 )
 def test_what_is_wrong_is_said(tmp_path: Path, text: str, overrides: list[str], message: str) -> None:
@@ -127,6 +130,23 @@ def test_what_is_wrong_is_said(tmp_path: Path, text: str, overrides: list[str], 
     assert message in str(caught.value)
 
 
+def test_null_takes_a_key_out_of_a_table(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("kind: encoder_alignment\nout: x\nsave_every: 9\ndata: {image: i, audio: a}\n")
+    (tmp_path / "heir.yaml").write_text("extends: base.yaml\nsave_every: null\ndata: {image: null, video: v}\n")
+    (run,) = recipes.read(tmp_path / "heir.yaml")
+    assert run.recipe.to_dict()["data"] == {"audio": "a", "video": "v"} and run.recipe.to_dict()["save_every"] is None
+    (run,) = recipes.read(tmp_path / "heir.yaml", ["data.audio=null"])
+    assert run.recipe.to_dict()["data"] == {"video": "v"}
+
+
+def test_results_that_cannot_be_written_are_told(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match=r"file cannot take the results: .*exists"):
+        recipes.run(recipe, [f"out={tmp_path / 'file'}"])
+
+
 def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no recipe .* that can be read"):
+        recipes.read(tmp_path)
     with pytest.raises(ConfigError, match="there is no recipe .*gone.yaml"):
         recipes.read(tmp_path / "gone.yaml")

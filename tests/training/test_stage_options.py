@@ -112,7 +112,6 @@ def test_a_run_that_is_killed_and_goes_on_ends_as_one_that_never_stopped(
         batch_size=2,
         save_every=3,
         held_out=0.2,
-        resume=True,
         report_to=(),
     )
     whole = decoder_alignment.train(recipe, tmp_path / "whole")
@@ -127,13 +126,44 @@ def test_a_run_that_is_killed_and_goes_on_ends_as_one_that_never_stopped(
     with pytest.raises(KeyboardInterrupt):
         decoder_alignment.train(recipe, tmp_path / "parts")
     monkeypatch.setattr(StageTrainer, "training_step", step)
+    other = replace(recipe, trains=("output_projectors", "signal_tokens"))
+    with pytest.raises(CheckpointError, match=r"checkpoint-3 is of another run: trains was \[\], is \['output_proj"):
+        decoder_alignment.train(other, tmp_path / "parts")
     rest = decoder_alignment.train(recipe, tmp_path / "parts")
     assert rest["held_out"] == whole["held_out"] and rest["steps"] == 8
     new, old = (read_safetensors(tmp_path / run / "model", "projectors") for run in ("parts", "whole"))
     assert all(torch.equal(new[name], old[name]) for name in old)
-    other = replace(recipe, trains=("output_projectors", "signal_tokens"))
-    with pytest.raises(CheckpointError, match=r"checkpoint-8 is of another run: trains was \[\], is \['output_proj"):
-        decoder_alignment.train(other, tmp_path / "parts")
+    assert not (tmp_path / "parts" / "checkpoints").exists(), "there is nothing to go on with"
+
+
+def test_a_run_that_begins_anew_leaves_nothing_of_the_one_before(
+    user_model: Path, user_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its checkpoints are the newest by number, and would be gone on with."""
+    data: dict[str, Any] = {"video": str(user_data / "captions.txt")}
+    cache = str(user_data / "cache")
+    quick: dict[str, Any] = dict(batch_size=2, save_every=2, held_out=0, steps=8, resume=False)
+    recipe = DecoderAlignmentRecipe(model=str(user_model), captions=data, cache=cache, **quick)
+
+    def stopped_at(stop: int) -> set[str]:
+        step = StageTrainer.training_step
+
+        def dies(self: StageTrainer, *args: Any, **kwargs: Any) -> Any:
+            if self.state.global_step == stop:
+                raise KeyboardInterrupt
+            return step(self, *args, **kwargs)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(StageTrainer, "training_step", dies)
+            decoder_alignment.train(recipe, tmp_path)
+        return {path.name for path in (tmp_path / "checkpoints").glob("checkpoint-*")}
+
+    assert stopped_at(7) == {"checkpoint-4", "checkpoint-6"}
+    assert stopped_at(3) == {"checkpoint-2"}
+    assert len({path.parent for path in (tmp_path / "tensorboard").rglob("events.*")}) == 1
+    assert len(list((tmp_path / "tensorboard").rglob("events.*"))) == 1
+    figures = decoder_alignment.train(replace(recipe, resume=True), tmp_path)
+    assert figures["steps"] == 8 and len(curve(tmp_path, "grad_norm")) == 8
 
 
 def test_fewer_activations_are_kept_and_the_loss_is_the_same(user_model: Path, user_data: Path, tmp_path: Path) -> None:
@@ -179,6 +209,7 @@ def test_curves_samples_and_what_was_known_are_told(user_model: Path, user_data:
     events = reading.EventAccumulator(str(folder)).Reload()
     scalars = set(events.Tags()["scalars"])
     assert {"train/loss", "train/lm_loss", "eval/loss", "retention"} <= scalars
+    assert [event.step for event in events.Scalars("eval/loss")] == [0, 4], "the last one is measured afterwards"
     assert "samples/0/text_summary" in events.Tags()["tensors"]
 
 

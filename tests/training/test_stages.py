@@ -289,6 +289,29 @@ def test_too_little_memory_says_what_to_lower(
         (lambda d: EncoderAlignmentRecipe(data={"video": d}), "data: the model does not read video, only image"),
         (lambda d: DecoderAlignmentRecipe(captions={"image": d}), "the model does not make image, only video, audio"),
         (lambda d: InstructionTuningRecipe(data=d), "trains names llm, which has no adapter; start one"),
+        (lambda d: InstructionTuningRecipe(data=d, trains=("llm.layers",)), "trains: llm is its adapter, whole"),
+        (
+            lambda d: InstructionTuningRecipe(data=d, trains=("signal_tokens",), unfreeze=("generators.*",)),
+            "unfreeze: generators stand still",
+        ),
+        (
+            lambda d: InstructionTuningRecipe(data=d, report_to=("tensorbord",)),
+            "report_to: .* did you mean 'tensorboard'",
+        ),
+        (
+            lambda d: InstructionTuningRecipe(data=d, trains=("signal_tokens",), diffusion_weight=1.0),
+            "diffusion_weight: the answers of the data hold captions alone",
+        ),
+        (
+            lambda d: EncoderAlignmentRecipe(
+                data={"image": d.replace("chats", "pairs")}, trains=("output_projectors",), steps=1
+            ),
+            r"nothing that trains \(output_projectors.audio, .*\) takes part in the batch of .*pairs.jsonl, line",
+        ),
+        (
+            lambda d: EncoderAlignmentRecipe(data={"image": d.replace("chats", "pairs")}, max_tokens=5),
+            "12 of 12 rows do not fit .* tokens; max_tokens is 5",
+        ),
         (
             lambda d: InstructionTuningRecipe(data=d, text_data=d, text_share=0.5),
             "it holds media, which text_data must",
@@ -317,6 +340,18 @@ def test_what_does_not_fit_the_model_is_told(
         ({"text_data": "t.jsonl", "text_share": 1.0}, "text_share is a share"),
         ({"peft": {"kind": "lorra"}}, "peft.kind: unknown kind 'lorra', did you mean 'lora'"),
         ({"data": {"pth": "x"}}, "unknown key 'data.SourceOfRows.pth'"),
+        ({"learning_rate": -1.0}, "learning_rate is 0 or more, got -1"),
+        ({"learning_rate": float("nan")}, "learning_rate is 0 or more, got nan"),
+        ({"learning_rates": {"llm": -1.0}}, "learning_rates.llm is 0 or more"),
+        ({"weight_decay": -3}, "weight_decay is 0 or more"),
+        ({"warmup": 5}, "warmup is a share of the steps, from 0 to 1, got 5"),
+        ({"epochs": -1}, "epochs is greater than 0, got -1"),
+        ({"max_grad_norm": -1}, "max_grad_norm is greater than 0"),
+        ({"image_size": -8}, "image_size is greater than 0"),
+        ({"retention_every": 0}, "retention_every is greater than 0, got 0; null for never"),
+        ({"sample_every": 0}, "sample_every is greater than 0, got 0$"),
+        ({"workers": -1}, "workers is 0 or more, got -1"),
+        ({"trains": "llm"}, "'trains': wanted is a list, got 'llm'"),
     ],
 )
 def test_values_that_cannot_be_are_told_before_anything_is_loaded(values: dict[str, Any], told: str) -> None:
@@ -325,6 +360,8 @@ def test_values_that_cannot_be_are_told_before_anything_is_loaded(values: dict[s
     for wrong, why in (({"data": {}}, "data names no modality"), ({"answer": "x"}, "answer must say the caption")):
         with pytest.raises(ConfigError, match=why):
             EncoderAlignmentRecipe.from_dict({"data": {"image": "d"}} | wrong)
+    with pytest.raises(ConfigError, match="alignment_weight and diffusion_weight are both 0"):
+        DecoderAlignmentRecipe.from_dict({"captions": {"image": "c"}, "alignment_weight": 0})
     with pytest.raises(ConfigError, match="requests must say the caption"):
         DecoderAlignmentRecipe.from_dict({"captions": {"image": "c"}, "requests": {"image": ["Go."]}})
 
