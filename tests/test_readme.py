@@ -39,7 +39,7 @@ def commands(document: str) -> Iterator[list[str]]:
         lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
         lexer.whitespace_split, words = True, [[]]
         for word in lexer:
-            if set(word) <= set("&|;"):
+            if set(word) <= set("&|;<>"):
                 words.append([])
             else:
                 words[-1].append(word)
@@ -85,11 +85,11 @@ def test_the_file_tree_names_nothing_else() -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_command_is_understood(document: str) -> None:
-    from anygen.cli import _parser
+    from anygen.cli import _parsed
 
     for arguments in commands(document):
         try:
-            _parser().parse_args(arguments)
+            _parsed(arguments)
         except SystemExit as exit:
             assert exit.code == 0, f"{document}: anygen {shlex.join(arguments)}"
 
