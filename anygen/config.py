@@ -10,7 +10,7 @@ A component declares its configuration right above its class:
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from types import NoneType, UnionType
@@ -43,9 +43,7 @@ class Config:
         try:
             return TypeAdapter(cls).validate_python(data)
         except ValidationError as error:
-            raise ConfigError(
-                f"{cls.__name__}: {'; '.join(_explain(fault, cls) for fault in error.errors())}"
-            ) from None
+            raise ConfigError(f"{cls.__name__}: {'; '.join(_explained(error.errors(), cls))}") from None
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -67,12 +65,37 @@ class Config:
 
 
 _KINDS = {
-    "dict_type": "a table of keys and values",
+    "string_type": "a text",
     "tuple_type": "a list",
     "list_type": "a list",
+    "dict_type": "a table of keys and values",
     "dataclass_type": "a table of keys and values",
 }
 """pydantic's faults -> what was wanted, in the words of who writes YAML or JSON."""
+
+
+def _explained(faults: Iterable[Any], root: type) -> Iterator[str]:
+    """One line for each place where something is wrong; pydantic tells every kind that a value could have been."""
+    places: dict[tuple[int | str, ...], list[Any]] = {}
+    for fault in faults:
+        steps = fault["loc"]
+        kind = next((number for number, step in enumerate(steps) if _is_kind(step)), len(steps))
+        untold = (*steps[:kind], *steps[kind + 1 :])
+        places.setdefault(steps[:kind], []).append(fault | {"loc": untold})
+    for place, found in places.items():
+        within = [fault for fault in found if fault["type"] not in _KINDS]
+        if len(found) == 1 or within:
+            yield from (_explain(fault, root) for fault in (within or found))
+        else:
+            kinds = list(dict.fromkeys(_KINDS[fault["type"]] for fault in found))
+            yield f"'{'.'.join(map(str, place))}': should be {' or '.join(kinds)}, got {found[0]['input']!r}"
+
+
+def _is_kind(step: int | str) -> bool:
+    """Whether a step of a fault's place is no key but one of the kinds of a union."""
+    return isinstance(step, str) and (
+        step in ("str", "int", "float", "bool") or "[" in step or (step[:1].isupper() and not step.isupper())
+    )
 
 
 def _explain(fault: Any, root: type) -> str:
@@ -87,7 +110,7 @@ def _explain(fault: Any, root: type) -> str:
     if fault["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return f"key '{where}' is missing"
     if where and (kind := _KINDS.get(fault["type"])) is not None:
-        return f"'{where}': wanted is {kind}, got {fault['input']!r}"
+        return f"'{where}': should be {kind}, got {fault['input']!r}"
     # What a class's own check says, names the class and the field already.
     told = str(fault["ctx"]["error"]) if fault["type"] == "value_error" else fault["msg"]
     return f"'{where}': {told}" if where else told

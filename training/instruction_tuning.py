@@ -37,7 +37,7 @@ class InstructionTuningRecipe(StageRecipe):
 
     data: Source | tuple[Source, ...]
     """Rows `{"messages": […]}`, see `chat_rows`."""
-    text_data: Source | tuple[Source, ...] = ()
+    text_data: Source | tuple[Source, ...] | None = None
     """Conversations without media, mixed in."""
     text_share: float = 0.0
     """Of the conversations, how many are from `text_data`; VILA's finding is that some keep the LLM's skills."""
@@ -85,8 +85,10 @@ def _always(messages: list[Message]) -> Talk:
     return talk
 
 
-def sources(told: Source | tuple[Source, ...]) -> tuple[Source, ...]:
-    """One source or several, as several."""
+def sources(told: Source | tuple[Source, ...] | None) -> tuple[Source, ...]:
+    """One source, several or none, as several."""
+    if told is None:
+        return ()
     return told if isinstance(told, tuple) else (told,)
 
 

@@ -339,7 +339,7 @@ def test_what_does_not_fit_the_model_is_told(
         ({"text_share": 0.5}, "text_data and text_share go together"),
         ({"text_data": "t.jsonl", "text_share": 1.0}, "text_share is a share"),
         ({"peft": {"kind": "lorra"}}, "peft.kind: unknown kind 'lorra', did you mean 'lora'"),
-        ({"data": {"pth": "x"}}, "unknown key 'data.SourceOfRows.pth'"),
+        ({"data": {"pth": "x"}}, "key 'data.path' is missing; unknown key 'data.pth'$"),
         ({"learning_rate": -1.0}, "learning_rate is 0 or more, got -1"),
         ({"learning_rate": float("nan")}, "learning_rate is 0 or more, got nan"),
         ({"learning_rates": {"llm": -1.0}}, "learning_rates.llm is 0 or more"),
@@ -351,7 +351,8 @@ def test_what_does_not_fit_the_model_is_told(
         ({"retention_every": 0}, "retention_every is greater than 0, got 0; null for never"),
         ({"sample_every": 0}, "sample_every is greater than 0, got 0$"),
         ({"workers": -1}, "workers is 0 or more, got -1"),
-        ({"trains": "llm"}, "'trains': wanted is a list, got 'llm'"),
+        ({"trains": "llm"}, "'trains': should be a list, got 'llm'"),
+        ({"data": None}, "^InstructionTuningRecipe: 'data': should be a text or a table of .* or a list, got None$"),
     ],
 )
 def test_values_that_cannot_be_are_told_before_anything_is_loaded(values: dict[str, Any], told: str) -> None:
