@@ -43,7 +43,7 @@ class Config:
         try:
             return TypeAdapter(cls).validate_python(data)
         except ValidationError as error:
-            raise ConfigError(f"{cls.__name__}: {'; '.join(_explained(error.errors(), cls))}") from None
+            raise ConfigError(f"{cls.__name__}: {'; '.join(_explained(error.errors(), cls, data))}") from None
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -74,14 +74,18 @@ _KINDS = {
 """pydantic's faults -> what was wanted, in the words of who writes YAML or JSON."""
 
 
-def _explained(faults: Iterable[Any], root: type) -> Iterator[str]:
+_MISSING = ("missing", "missing_argument", "missing_keyword_only_argument")
+
+
+def _explained(faults: Iterable[Any], root: type, data: Any) -> Iterator[str]:
     """One line for each place where something is wrong; pydantic tells every kind that a value could have been."""
     places: dict[tuple[int | str, ...], list[Any]] = {}
     for fault in faults:
         steps = fault["loc"]
-        kind = next((number for number, step in enumerate(steps) if _is_kind(step)), len(steps))
-        untold = (*steps[:kind], *steps[kind + 1 :])
-        places.setdefault(steps[:kind], []).append(fault | {"loc": untold})
+        depth, missing = _depth(steps, data), fault["type"] in _MISSING
+        if depth < len(steps) - missing:  # the next step is no key, but one of the kinds that a value may have
+            fault = fault | {"loc": (*steps[:depth], *steps[depth + 1 :])}
+        places.setdefault(steps[: depth + missing], []).append(fault)
     for place, found in places.items():
         within = [fault for fault in found if fault["type"] not in _KINDS]
         if len(found) == 1 or within:
@@ -91,11 +95,14 @@ def _explained(faults: Iterable[Any], root: type) -> Iterator[str]:
             yield f"'{'.'.join(map(str, place))}': should be {' or '.join(kinds)}, got {found[0]['input']!r}"
 
 
-def _is_kind(step: int | str) -> bool:
-    """Whether a step of a fault's place is no key but one of the kinds of a union."""
-    return isinstance(step, str) and (
-        step in ("str", "int", "float", "bool") or "[" in step or (step[:1].isupper() and not step.isupper())
-    )
+def _depth(steps: Sequence[int | str], data: Any) -> int:
+    """How many steps lead through `data`."""
+    for depth, step in enumerate(steps):
+        try:
+            data = data[step]
+        except (KeyError, IndexError, TypeError):
+            return depth
+    return len(steps)
 
 
 def _explain(fault: Any, root: type) -> str:
@@ -107,7 +114,7 @@ def _explain(fault: Any, root: type) -> str:
         if near:
             return f"unknown key '{where}', did you mean '{near[0]}'?"
         return f"unknown key '{where}'" + (f"; known: {', '.join(known)}" if known else "")
-    if fault["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
+    if fault["type"] in _MISSING:
         return f"key '{where}' is missing"
     if where and (kind := _KINDS.get(fault["type"])) is not None:
         return f"'{where}': should be {kind}, got {fault['input']!r}"

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from math import comb
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,14 +50,12 @@ class Change:
 
         McNemar's test in its exact form, of both sides; None where cases are not told one by one.
         """
-        return sign_test(self.lost, self.won) if self.before.hits else None
+        if not self.before.hits:
+            return None
+        from scipy.stats import binomtest
 
-
-def sign_test(lost: int, won: int) -> float:
-    """The two-sided binomial probability, at one half, of a split at least as uneven."""
-    moved = lost + won
-    tail = sum(comb(moved, count) for count in range(min(lost, won) + 1))
-    return min(1.0, 2 * tail / 2**moved)
+        moved = self.lost + self.won
+        return float(binomtest(self.lost, moved).pvalue) if moved else 1.0
 
 
 def compare(before: Sequence[Row], after: Sequence[Row]) -> list[Change]:

@@ -10,7 +10,7 @@ log-probabilities over words and new tokens together. Of an answer its route, it
 and its end count, as they are what is chosen when it is generated; the rest of a run is forced. What the model was
 before is the reference, whose log-probabilities are computed once.
 
-Source: DPO (arXiv:2305.18290); the likelihood beside it is MPO's generation loss (arXiv:2411.10442).
+Source: DPO (arXiv:2305.18290).
 Shapes: B pairs, so that a batch has 2B rows, the preferred answers first; T tokens, V + R classes.
 """
 
@@ -65,8 +65,6 @@ class PreferenceTuningRecipe(StageRecipe):
     """How near the model stays to what it was."""
     loss: Literal["sigmoid", "ipo", "hinge", "robust"] = "sigmoid"
     """TRL's name of the loss."""
-    sft_weight: float = 0.0
-    """Of the preferred answers' own likelihood beside it, so that they do not become rarer along with the others."""
     label_smoothing: float = 0.0
     """Share of the pairs that are thought to be the wrong way round; of `robust` and `sigmoid`."""
     learning_rate: float = 5e-5
@@ -75,8 +73,6 @@ class PreferenceTuningRecipe(StageRecipe):
         StageRecipe.__post_init__(self)
         if self.beta <= 0:
             raise ConfigError(f"beta is greater than 0, got {self.beta:g}")
-        if self.sft_weight < 0:
-            raise ConfigError(f"sft_weight is at least 0, got {self.sft_weight:g}")
 
 
 def prepare(recipe: PreferenceTuningRecipe, config: AnyGenConfig) -> Prepared:
@@ -277,13 +273,11 @@ def dpo_trainer(recipe: PreferenceTuningRecipe, out: Path, ready: Ready, log: Ru
     arguments = training_arguments(recipe, out, steps, ready)
     arguments |= {"train_sampling_strategy": "random", "prediction_loss_only": True}
     wrapped = PreferenceModel(model)
-    losses = {recipe.loss: 1.0} | ({"sft": recipe.sft_weight} if recipe.sft_weight else {})
     config = on_one_gpu(
         DPOConfig(
             **arguments,
             beta=recipe.beta,
-            loss_type=list(losses),
-            loss_weights=list(losses.values()),
+            loss_type=[recipe.loss],
             label_smoothing=recipe.label_smoothing,
             precompute_ref_log_probs=True,
             max_length=None,
@@ -340,13 +334,13 @@ def train(recipe: PreferenceTuningRecipe, out: Path) -> dict[str, float]:
     ready = make_ready(recipe, out, lambda config: prepare(recipe, config), trains(recipe))
     good = {id(one) for one in choosing([*ready.train, *ready.held_out], ready.model, recipe.bad_rows)}
     ready.train, ready.held_out = ([one for one in some if id(one) in good] for some in (ready.train, ready.held_out))
-    if recipe.count(len(ready.train)) == 0:
-        return {"steps": 0.0}
     tell_parameters(ready.model, log)
     told = Log(log)
-    trainer = dpo_trainer(recipe, out, ready, log, told)
-    last = trainer.last_checkpoint() if recipe.resume else None
-    figures = conduct(trainer, recipe, ready, told, None if last is None else str(last))
+    figures = {"steps": 0.0}
+    if recipe.count(len(ready.train)):
+        trainer = dpo_trainer(recipe, out, ready, log, told)
+        last = trainer.last_checkpoint() if recipe.resume else None
+        figures = conduct(trainer, recipe, ready, told, None if last is None else str(last))
     for name in ("eval_rewards/accuracies", "rewards/accuracies"):
         if name in told.last:
             figures["preferred"] = told.last[name]
@@ -355,6 +349,6 @@ def train(recipe: PreferenceTuningRecipe, out: Path) -> dict[str, float]:
         hook.remove()
     save(recipe, out, ready.model)
     if is_main():
-        shutil.rmtree(out / PAIRS)
+        shutil.rmtree(out / PAIRS, ignore_errors=True)
     log.write(final=True, **figures)
     return figures

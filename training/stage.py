@@ -9,9 +9,7 @@ Source: the stages of NExT-GPT (arXiv:2309.05519) and of the MM-LLMs survey (arX
 import logging
 import math
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -50,7 +48,8 @@ POSITIVE = (
     "retention_probes",
 )
 """Keys of a recipe whose values are greater than 0, or null where they may be."""
-NONE = {name: "; null for never" for name in ("evaluate_every", "save_every", "retention_every")}
+NULLABLE = ("evaluate_every", "save_every", "retention_every")
+"""Those of them that null turns off."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,7 +138,8 @@ class StageRecipe(Config):
         for name in POSITIVE:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
-                raise ConfigError(f"{name} is greater than 0, got {value:g}" + NONE.get(name, ""))
+                hint = "; null turns it off" if name in NULLABLE else ""
+                raise ConfigError(f"{name} is greater than 0, got {value:g}{hint}")
         for name in ("workers", "seed"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is 0 or more, got {getattr(self, name)}")
@@ -208,8 +208,6 @@ def make_ready(recipe: StageRecipe, out: Path, prepare: Prepare, trains: Sequenc
     directory = model_directory(recipe.model)
     config = AnyGenConfig.load(directory / CONFIG)
     check_reports(recipe.report_to)
-    if not sys.stderr.isatty():
-        quiet_bars()
     if torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # of several processes each has its own
     device = choose_device(None)
@@ -271,17 +269,6 @@ def check_reports(names: Sequence[str]) -> None:
             near = get_close_matches(name, INTEGRATION_TO_CALLBACK, n=1)
             hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(sorted(INTEGRATION_TO_CALLBACK))}"
             raise ConfigError(f"report_to: nothing is known of '{name}'; {hint}")
-
-
-def quiet_bars() -> None:
-    """Keeps the bars of libraries out of a log file."""
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    with suppress(ImportError):
-        from datasets import disable_progress_bars
-
-        disable_progress_bars()
 
 
 def _folder(recipe: StageRecipe, out: Path) -> Path:

@@ -86,10 +86,10 @@ class StageTrainer(SafeTrainer):
         if all(loss is None for loss in parts.values()):
             raise ConfigError(f"nothing is learned in the batch of {self._told(items)}")
         loss = self.mean_of_all(output, given)
-        check_reached(loss, cast(Any, model), self._told(items))
         if "pictures" in given:
             parts["diffusion_loss"] = diffusion(output, given["pictures"], self.generators, self.noise)
             loss = loss + self.recipe.diffusion_weight * parts["diffusion_loss"]
+        check_reached(loss, cast(Any, model), self._told(items))
         if cast(Any, model).training:
             for name, value in parts.items():
                 if value is not None:

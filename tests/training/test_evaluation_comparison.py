@@ -2,10 +2,10 @@
 
 import json
 from io import StringIO
+from math import comb
 from pathlib import Path
 
 import pytest
-from scipy.stats import binomtest
 
 from anygen.errors import ConfigError
 from anygen.training.evaluation_comparison import (
@@ -14,7 +14,6 @@ from anygen.training.evaluation_comparison import (
     comparison_table,
     parse_result,
     read_result,
-    sign_test,
     together,
 )
 from anygen.training.evaluation_report import EvaluationResult, Row, Rows
@@ -39,9 +38,12 @@ def test_cases_are_compared_one_by_one() -> None:
 
 
 @pytest.mark.parametrize(("lost", "won"), [(0, 0), (3, 3), (0, 6), (9, 2), (40, 61), (700, 600)])
-def test_chance_is_the_binomial_test_of_scipy(lost: int, won: int) -> None:
-    expected = binomtest(lost, lost + won).pvalue if lost + won else 1.0
-    assert sign_test(lost, won) == pytest.approx(expected, rel=1e-9)
+def test_chance_counts_the_splits_that_are_as_uneven(lost: int, won: int) -> None:
+    moved = lost + won
+    splits = [comb(moved, one) for one in range(moved + 1) if abs(2 * one - moved) >= abs(lost - won)]
+    found = change("1" * lost + "0" * won + "1", "0" * lost + "1" * won + "1")
+    assert (found.lost, found.won) == (lost, won)
+    assert found.chance == pytest.approx(sum(splits) / 2**moved, rel=1e-9)
 
 
 def test_decibels_are_points_and_less_may_be_better() -> None:
