@@ -12,8 +12,10 @@ not measured. What was measured is kept in OUT/measured, so that a run that was 
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
+import queue
 import re
 import shlex
 import subprocess
@@ -27,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from measuring import environment, machine
 from stage_data import MODEL, make_data
 
@@ -133,7 +136,9 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.out = options, options.out
-        self.room = threading.Semaphore(options.jobs)
+        self.room: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
+        for told in itertools.islice(itertools.cycle(places(options.device)), options.jobs):
+            self.room.put(told)
         self.locks: dict[str, threading.Lock] = defaultdict(threading.Lock)
         self.before = digests(model_directory(MODEL))
 
@@ -144,14 +149,15 @@ class Bench:
             SystemExit: it failed.
         """
         threads = str(max(1, (os.cpu_count() or 1) // self.options.jobs))
-        env = {"OMP_NUM_THREADS": threads} | environment()
-        if self.options.device == "cpu":
-            env["CUDA_VISIBLE_DEVICES"] = ""
         log.parent.mkdir(parents=True, exist_ok=True)
-        with self.room, log.open("w", encoding="utf-8") as told:
-            begin = time.perf_counter()
-            command = [sys.executable, "-m", "anygen", *arguments]
-            ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=told, text=True, env=env, check=False)
+        place = self.room.get()
+        env = {"OMP_NUM_THREADS": threads} | environment() | place
+        try:
+            begin, command = time.perf_counter(), [sys.executable, "-m", "anygen", *arguments]
+            with log.open("w", encoding="utf-8") as told:
+                ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=told, text=True, env=env, check=False)
+        finally:
+            self.room.put(place)
         if ended.returncode:
             raise SystemExit(f"anygen {shlex.join(arguments)} failed, see {log}")
         print(f"{time.perf_counter() - begin:6.0f} s  anygen {shlex.join(arguments)}", file=sys.stderr, flush=True)
@@ -168,27 +174,44 @@ class Bench:
         after = digests(folder / "model")
         changed, rows = touched(self.before, after)
         version = hashlib.sha256(json.dumps(after, sort_keys=True).encode()).hexdigest()[:12]
-        with ThreadPoolExecutor(2 * len(EVERYTHING)) as pool:
-            wanted = [row for row in rows if not options.only or row in options.only]
-            old = [pool.submit(self.measure, MODEL, "before", row) for row in wanted]
-            new = [pool.submit(self.measure, str(folder / "model"), f"{stage.recipe}-{version}", row) for row in wanted]
-        results = zip(old, new, strict=True)
-        changes = [change for one, two in results for change in compare(one.result(), two.result())]
+        wanted = [row for row in rows if not options.only or row in options.only]
+        name_after = f"{stage.recipe}-{version}"
+        measured = self.measure({"before": MODEL, name_after: str(folder / "model")}, wanted)
+        changes = [change for row in wanted for change in compare(measured["before", row], measured[name_after, row])]
         changes += all_together(changes)
         figures = json.loads((folder / "training.jsonl").read_text(encoding="utf-8").splitlines()[-1])
         untouched = [row for row in (*EVERYTHING, "retrieval") if row not in rows]
         return {"stage": name, "changed": changed, "untouched": untouched, "figures": figures, "rows": changes}
 
-    def measure(self, model: str, name: str, row: str) -> list[Row]:
-        """Rows of `anygen eval mini --only ROW`, of all seeds together, kept under the model's name."""
-        limit, seeds, made = self.options.limit, dict(self.options.seeds), []
-        for seed in range(seeds.get(row, seeds.get("", 1))):
-            kept = self.out / "measured" / f"{name}-{row}-{'all' if limit is None else limit}-{seed}.json"
-            with self.locks[str(kept)]:
-                if not kept.exists():
-                    kept.write_text(self.evaluated(model, row, seed, kept.with_suffix(".log")), encoding="utf-8")
-            made.append(parse_result(kept.read_text(encoding="utf-8")).rows)
-        return [together(rows) for rows in zip(*made, strict=True)]
+    def measure(self, models: Mapping[str, str], rows: Sequence[str]) -> dict[tuple[str, str], list[Row]]:
+        """Models by name -> (name, kind of row) -> rows of `anygen eval mini --only KIND`, of all seeds together.
+
+        What is stopped early has whole seeds of all of them.
+        """
+        seeds = dict(self.options.seeds)
+        counts = {row: seeds.get(row, seeds.get("", 1)) for row in rows}
+        asked = [
+            (name, row, seed)
+            for seed in range(max(counts.values(), default=0))
+            for row in rows
+            if seed < counts[row]
+            for name in models
+        ]
+        made: dict[tuple[str, str], list[Sequence[Row]]] = defaultdict(list)
+        with ThreadPoolExecutor(self.options.jobs) as pool:
+            found = pool.map(lambda one: self.kept(models[one[0]], *one), asked)
+            for (name, row, _), measured in zip(asked, found, strict=True):
+                made[name, row].append(measured)
+        return {key: [together(same) for same in zip(*measured, strict=True)] for key, measured in made.items()}
+
+    def kept(self, model: str, name: str, row: str, seed: int) -> Sequence[Row]:
+        """Measures, if that was not done before; kept under the model's name."""
+        limit = self.options.limit
+        file = self.out / "measured" / f"{name}-{row}-{'all' if limit is None else limit}-{seed}.json"
+        with self.locks[str(file)]:
+            if not file.exists():
+                file.write_text(self.evaluated(model, row, seed, file.with_suffix(".log")), encoding="utf-8")
+        return parse_result(file.read_text(encoding="utf-8")).rows
 
     def evaluated(self, model: str, row: str, seed: int, log: Path) -> str:
         """What `anygen eval mini` prints of a row; tried again where others had the device's memory for a moment."""
@@ -205,6 +228,15 @@ class Bench:
                     raise
                 print(error, file=sys.stderr, flush=True)
         return self.anygen(command, log)
+
+
+def places(device: str | None) -> list[dict[str, str]]:
+    """What the environment of one command after the other tells of GPUs: each has one for itself."""
+    if device not in (None, "cuda"):
+        return [{"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}]
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    numbers = given.split(",") if given else [str(number) for number in range(torch.cuda.device_count())]
+    return [{"CUDA_VISIBLE_DEVICES": number} for number in numbers or [""]]
 
 
 def all_together(changes: Sequence[Change]) -> Iterator[Change]:
@@ -277,7 +309,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", action="append", metavar="ROW", help="measures this row alone; may be repeated")
     parser.add_argument("--batch-size", type=int, metavar="N", help="cases at once; default: the evaluation's")
     parser.add_argument("--device", help="default: CUDA where it is")
-    parser.add_argument("--jobs", type=int, default=1, help="commands side by side (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=1, help="commands side by side, spread over all GPUs (default: 1)")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     options = parser.parse_args(arguments)
     options.stages = options.stages or options.run or [*STAGES]

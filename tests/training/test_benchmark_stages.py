@@ -144,3 +144,13 @@ def test_seeds_of_no_row_are_refused(stages: Any, told: str, said: str, capsys: 
     with pytest.raises(SystemExit):
         stages.main(["--seeds", told])
     assert said in capsys.readouterr().err
+
+
+def test_commands_are_spread_over_the_gpus(stages: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for count, expected in ((0, [""]), (2, ["0", "1"])):
+        monkeypatch.setattr("torch.cuda.device_count", lambda count=count: count)
+        assert stages.places(None) == [{"CUDA_VISIBLE_DEVICES": number} for number in expected]
+    assert stages.places("cpu") == [{"CUDA_VISIBLE_DEVICES": ""}] and stages.places("cuda:1") == [{}]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    assert stages.places("cuda") == [{"CUDA_VISIBLE_DEVICES": "2"}, {"CUDA_VISIBLE_DEVICES": "5"}]
