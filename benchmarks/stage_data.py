@@ -62,7 +62,7 @@ def make_data(folder: Path, sets: Path, rows: int, device: torch.device) -> None
     write(folder / "talk.jsonl", [{"messages": [plain(m) for m in chat]} for chat in talk])
     asked = answered(llm, Conversations(wishes, everything, SEED + 2, mixture, opened), rows // 5)
     pairs = [pair(chat, rng.choice(asked)[-1], rng) for chat in [*asked, *talk[: rows // 20]]]
-    write(folder / "preferences.jsonl", [one for one in pairs if one["chosen"] != one["rejected"]])
+    write(folder / "preferences.jsonl", [one for one in pairs if teaches(one)])
 
 
 def make_media(folder: Path, icons: IconSet, bank: SoundBank, rows: int) -> dict[str, list[Seen]]:
@@ -145,6 +145,13 @@ def pair(chat: list[Message], other: Message, rng: random.Random) -> dict[str, A
     elif not made and kind < 0.5:
         rejected = {"role": "assistant", "content": [words, {"type": rng.choice([*MEDIA]), "caption": words}]}
     return {"prompt": [plain(message) for message in prompt], "chosen": [plain(chosen)], "rejected": [rejected]}
+
+
+def teaches(pair: dict[str, Any]) -> bool:
+    """Whether its answers differ in more than the words that the LLM, which stands still, says by itself."""
+    messages = (pair["prompt"][-1], *pair["chosen"], *pair["rejected"])
+    media = any(not isinstance(message["content"], str) for message in messages)
+    return media and pair["chosen"] != pair["rejected"]
 
 
 def plain(message: Message) -> dict[str, Any]:

@@ -186,7 +186,7 @@ class Bench:
     def measure(self, models: Mapping[str, str], rows: Sequence[str]) -> dict[tuple[str, str], list[Row]]:
         """Models by name -> (name, kind of row) -> rows of `anygen eval mini --only KIND`, of all seeds together.
 
-        What is stopped early has whole seeds of all of them.
+        What is stopped early has whole seeds of all of them, and where one fails the others are measured all the same.
         """
         seeds = dict(self.options.seeds)
         counts = {row: seeds.get(row, seeds.get("", 1)) for row in rows}
@@ -199,9 +199,9 @@ class Bench:
         ]
         made: dict[tuple[str, str], list[Sequence[Row]]] = defaultdict(list)
         with ThreadPoolExecutor(self.options.jobs) as pool:
-            found = pool.map(lambda one: self.kept(models[one[0]], *one), asked)
-            for (name, row, _), measured in zip(asked, found, strict=True):
-                made[name, row].append(measured)
+            running = [pool.submit(self.kept, models[name], name, row, seed) for name, row, seed in asked]
+        for (name, row, _), measured in zip(asked, running, strict=True):
+            made[name, row].append(measured.result())
         return {key: [together(same) for same in zip(*measured, strict=True)] for key, measured in made.items()}
 
     def kept(self, model: str, name: str, row: str, seed: int) -> Sequence[Row]:

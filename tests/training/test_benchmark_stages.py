@@ -56,6 +56,9 @@ def test_pairs_prefer_what_was_asked_for(data: Any) -> None:
             pair = data.pair(chat, other, rng)
             assert pair["chosen"][0] != pair["rejected"][0] and pair["prompt"][0]["role"] == "user"
             kinds.add(json.dumps(pair["rejected"]))
+    good, bye = ([{"role": "assistant", "content": words}] for words in ("Good day.", "Goodbye."))
+    assert not data.teaches({"prompt": [{"role": "user", "content": "Hello"}], "chosen": good, "rejected": bye})
+    assert data.teaches(data.pair(shown, other, rng))
     assert len(kinds) == 3 + 3 + 1  # no medium or a wrong one of two; one of three where there was none; something else
 
 
