@@ -45,9 +45,17 @@ def evaluate(options: argparse.Namespace) -> int:
         from anygen.loading import memory
         from anygen.pipeline import AnyGenPipeline
         from anygen.training.evaluation import evaluate as measure
-        from anygen.training.evaluation_comparison import compare, comparison_table, read_result
+        from anygen.training.evaluation_comparison import (
+            check_comparable,
+            compare,
+            comparison_table,
+            read_result,
+        )
 
-        before = None if options.compare is None else read_result(Path(options.compare))  # before anything takes long
+        before = None
+        if options.compare is not None:  # before anything takes long
+            before = read_result(Path(options.compare))
+            check_comparable(Path(options.compare), before, limit=options.limit, seed=options.seed)
         pipe = AnyGenPipeline.from_pretrained(options.model, device=options.device, dtype=options.dtype)
         with memory(f"lower --batch-size {options.batch_size}, or take --dtype bfloat16 or --device cpu"):
             result = measure(

@@ -175,6 +175,7 @@ def evaluate(
         device=str(model.device),
         rows=tuple(rows.found),
         matrix=cells,
+        limit=limit,
     )
     if report is not None:
         write_report(result, report, drawn=drawn, named=named, asked=asked, filmed=filmed, heard=heard)

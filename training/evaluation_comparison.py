@@ -76,6 +76,27 @@ def compare(before: Sequence[Row], after: Sequence[Row]) -> list[Change]:
     return changes
 
 
+def check_comparable(path: Path, before: EvaluationResult, *, limit: int | None, seed: int) -> None:
+    """Before anything takes long: whether what is to be measured will be measured on the cases of `before`.
+
+    Args:
+        path: where `before` was read.
+        before: what was measured.
+        limit: the most cases of a row that is to be measured.
+        seed: of its cases.
+
+    Raises:
+        ConfigError: it will not; what to give instead.
+    """
+    seeds = {row.seed for row in before.rows}
+    if before.limit != limit or seeds - {seed}:
+        bound = "without --limit" if before.limit is None else f"with --limit {before.limit}"
+        drawn = " and ".join(f"--seed {one}" for one in sorted(seeds))
+        raise ConfigError(
+            f"{path} was measured {bound} and with {drawn}: give the same, so that the cases are the same"
+        )
+
+
 def together(rows: Iterable[Row], name: str | None = None) -> Row:
     """Several rows as one, each case counting alike.
 

@@ -96,6 +96,8 @@ class EvaluationResult:
     rows: tuple[Row, ...]
     matrix: tuple[Cell, ...] = ()
     """Every input with every output; empty for a model of one medium."""
+    limit: int | None = None
+    """The most cases of a row, if that was told."""
 
     @property
     def met(self) -> bool:

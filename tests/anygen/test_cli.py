@@ -412,6 +412,8 @@ def test_eval_prints_a_table_or_json(run: Run, tmp_path: Path, monkeypatch: pyte
     told = "not enough memory (CUDA out of memory. Tried to allocate 90.00 MiB.); lower --batch-size 16"
     assert code == 2 and told in error
     given.clear()
+    code, _, error = run("eval", "mini", "--compare", str(before), "--limit", "3", "--seed", "1")
+    assert code == 2 and "before.json was measured without --limit and with --seed 0: give the same" in error
     code, _, error = run("eval", "mini", "--compare", str(tmp_path / "gone"))
     assert code == 2 and "gone cannot be read" in error and not given
 

@@ -1,6 +1,7 @@
 """Comparing evaluations: points, cases lost and won, what chance would tell, and what cannot be compared."""
 
 import json
+from dataclasses import replace
 from io import StringIO
 from math import comb
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from anygen.errors import ConfigError
 from anygen.training.evaluation_comparison import (
     Change,
+    check_comparable,
     compare,
     comparison_table,
     parse_result,
@@ -64,6 +66,15 @@ def test_other_cases_cannot_be_compared() -> None:
     with pytest.raises(ConfigError, match="nothing was measured both times; before: a, b"):
         compare([row("a", "1"), row("b", "1")], [row("c", "1")])
     assert [one.after.name for one in compare([row("a", "1"), row("b", "1")], [row("b", "0"), row("c", "1")])] == ["b"]
+
+
+def test_what_will_be_of_other_cases_is_told_before_it_is_measured(tmp_path: Path) -> None:
+    before = EvaluationResult(suite="mini", model="m", icons="c", device="cpu", rows=(row("a", "1"),), limit=8)
+    check_comparable(tmp_path / "b.json", before, limit=8, seed=0)
+    for limit, seed in ((None, 0), (8, 1)):
+        with pytest.raises(ConfigError, match=r"b\.json was measured with --limit 8 and with --seed 0: give the same"):
+            check_comparable(tmp_path / "b.json", before, limit=limit, seed=seed)
+    check_comparable(tmp_path / "b.json", replace(before, rows=()), limit=8, seed=5)
 
 
 def test_rows_together_count_each_case_alike() -> None:
