@@ -7,8 +7,8 @@ Shapes: B batch, T tokens, V vocabulary, D width.
 import inspect
 import json
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
 
@@ -390,10 +390,19 @@ class LLM(nn.Module):
     @contextmanager
     def adapter_off(self) -> Iterator[None]:
         """Inside, the LLM is the untouched base model, for every thread that uses it."""
+        with self._adapters([True] * len(self._adapter_layers)):
+            yield
+
+    def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """`context_fn` of `torch.utils.checkpoint`: the adapter is on or off in the backward pass as in the forward pass."""
+        return nullcontext(), self._adapters([layer._disable_adapters for layer in self._adapter_layers])
+
+    @contextmanager
+    def _adapters(self, off: Sequence[bool]) -> Iterator[None]:
         # PEFT's own disable_adapter() makes frozen adapters trainable again on its way out.
         kept = [layer._disable_adapters for layer in self._adapter_layers]
-        for layer in self._adapter_layers:
-            layer._disable_adapters = True
+        for layer, value in zip(self._adapter_layers, off, strict=True):
+            layer._disable_adapters = value
         try:
             yield
         finally:

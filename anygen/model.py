@@ -130,6 +130,7 @@ class AnyGenModel(nn.Module):
         media: Mapping[str, MediaInput] | None = None,
         conditions: Mapping[str, Mapping[str, Tensor]] | None = None,
         position_ids: Tensor | None = None,
+        words: Mapping[str, Tensor] | None = None,
     ) -> AnyGenOutput:
         """One pass over whole conversations.
 
@@ -140,6 +141,8 @@ class AnyGenModel(nn.Module):
             media: modality -> its M media, in the reading order of their slots.
             conditions: modality -> name -> float[M, ...], the targets of its M runs, in reading order.
             position_ids: long[B, T], by default the number of tokens before each.
+            words: `input_ids`, `attention_mask` and `labels` of answers that the LLM gives without its adapter, in the
+                base view (`PromptBuilder.base_example`), in a pass of their own. They count beside `labels`.
 
         Raises:
             ConfigError: the slots and the media, or the runs and the conditions, do not match in number.
@@ -151,7 +154,7 @@ class AnyGenModel(nn.Module):
         if position_ids is None:
             position_ids = positions(attention_mask)
         hidden, _ = self.llm.hidden_states(embeds, attention_mask=attention_mask, position_ids=position_ids)
-        return self.losses(input_ids, hidden, labels, conditions)
+        return self.losses(input_ids, hidden, labels, conditions, words)
 
     def losses(
         self,
@@ -159,6 +162,7 @@ class AnyGenModel(nn.Module):
         hidden: Tensor,
         labels: Tensor | None = None,
         conditions: Mapping[str, Mapping[str, Tensor]] | None = None,
+        words: Mapping[str, Tensor] | None = None,
     ) -> AnyGenOutput:
         """What `forward` makes of the decoder's states, for training loops that run the decoder themselves.
 
@@ -167,13 +171,14 @@ class AnyGenModel(nn.Module):
             hidden: float[B, T, D], the final states.
             labels: as for `forward`.
             conditions: as for `forward`.
+            words: as for `forward`.
 
         Raises:
             ConfigError: the runs and the conditions do not match in number.
         """
         output = AnyGenOutput(hidden_states=hidden)
         if labels is not None:
-            output.lm_loss = output.loss = self.lm_loss(hidden, labels)
+            output.lm_loss = output.loss = self.lm_loss(hidden, labels, words)
         if conditions:
             projected, losses = {}, []
             for modality, target in conditions.items():
@@ -244,10 +249,22 @@ class AnyGenModel(nn.Module):
             encoded[modality] = self.encode(modality, {name: t.to(self.device) for name, t in tensors.items()})
         return encoded
 
-    def lm_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """float[B, T, D], long[B, T] -> float32[]; logits are computed only where something is learned."""
+    def lm_loss(self, hidden: Tensor, labels: Tensor, words: Mapping[str, Tensor] | None = None) -> Tensor:
+        """float[B, T, D], long[B, T], as for `forward` -> float32[], the mean over all learned tokens.
+
+        Logits are computed only where something is learned.
+        """
         wanted = labels[:, 1:] != IGNORED
-        return token_loss(self.logits(hidden[:, :-1][wanted]), labels[:, 1:][wanted])
+        loss = token_loss(self.logits(hidden[:, :-1][wanted]), labels[:, 1:][wanted])
+        if words is None:
+            return loss
+        mask, said = words["attention_mask"], words["labels"][:, 1:] != IGNORED
+        with self.llm.adapter_off():
+            embeds = self.llm.embedding(words["input_ids"])
+            states, _ = self.llm.hidden_states(embeds, attention_mask=mask, position_ids=positions(mask))
+        spoken = token_loss(self.llm.logits(states[:, :-1][said]), words["labels"][:, 1:][said])
+        share = said.sum() / (said.sum() + wanted.sum()).clamp(min=1)
+        return (1 - share) * loss + share * spoken
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float[..., D] -> float32[..., V + R]: the LLM's own logits, then the new tokens'."""

@@ -135,6 +135,19 @@ class PromptBuilder:
             [part for part in messages[-1].parts if isinstance(part, MediaPart)],
         )
 
+    def base_example(self, messages: Sequence[Message]) -> Example:
+        """A conversation that ends with an answer of words, in the base view, in which the LLM says them.
+
+        There is no route and no medium in it. The words have the ids that they have in the adapter view.
+
+        Raises:
+            MessageError: as `example`.
+            ModalityError: as `prompt`.
+        """
+        whole, prompt = self.example(messages), self.prompt(messages[:-1])
+        answer = whole.ids[len(prompt.ids) + int(self.routes) :]
+        return Example(prompt.base_ids + answer, [IGNORED] * len(prompt.base_ids) + answer, [], [])
+
     def _with_media(self, messages: Sequence[Message], index: int, marks: "_Marks") -> dict[str, str]:
         message, signals = messages[index], self.signal_tokens
         content = ""

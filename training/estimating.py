@@ -106,13 +106,15 @@ def estimate(recipe: StageRecipe, prepare: Prepare, trains: Sequence[str]) -> Es
     model = blueprint(directory, config, live, recipe)
     select(model, Selection(recipe.trains or tuple(trains), recipe.unfreeze))
     groups(model, recipe.learning_rate, recipe.learning_rates, recipe.weight_decay)  # names of rates that fit nothing
-    words = not config.routes or "llm" in own_weights(model)
+    words = config.routes and "llm" in own_weights(model)
     picked = random.Random(0).sample(prepared.items, min(SAMPLE, len(prepared.items)))
     learned = [
         learn(model.prompts, item.talk(random.Random(0)), words=words, all_turns=prepared.all_turns) for item in picked
     ]
-    tokens = sum(len(one.ids) for one in learned) / max(1, len(learned))
-    targets = sum(sum(label >= 0 for label in one.labels) for one in learned) / max(1, len(learned))
+    tokens = sum(one.tokens for one in learned) / max(1, len(learned))
+    targets = sum(sum(label >= 0 for label in (*one.labels, *one.base_labels)) for one in learned) / max(
+        1, len(learned)
+    )
     rows = len(prepared.items) - min(int(recipe.held_out * len(prepared.items)), len(prepared.items) - 1)
     told = Estimate(rows, recipe.count(rows), tokens, model.trainable_parameters(), device=str(device))
     told.to_cache = {
@@ -210,7 +212,7 @@ def contexts_of(model: AnyGenModel, items: Sequence[Item]) -> float:
     """About how many different contexts an item becomes, of those that are drawn at random."""
     tried = random.Random(0).sample(list(items), min(8, len(items)))
     found = [
-        len({tuple(learn(model.prompts, one.talk(random.Random(draw)), words=True).ids) for draw in range(12)})
+        len({tuple(learn(model.prompts, one.talk(random.Random(draw)), words=False).ids) for draw in range(12)})
         for one in tried
     ]
     return sum(found) / max(1, len(found))

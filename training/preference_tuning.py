@@ -1,4 +1,4 @@
-"""Preference tuning on a user's pairs of answers, of which one is preferred: its words, and which media it holds.
+"""Preference tuning on a user's pairs of answers, of which one is preferred: which media it holds, and its words where the model chooses them.
 
     kind: preference_tuning
     out: runs/preference
@@ -178,20 +178,17 @@ class PairCollator:
         model: whose tokens these are.
         pairs: all of them, by number.
         features: input modality -> cache.
-        words: as for `stage_data.learn`.
     """
 
-    def __init__(
-        self, model: AnyGenModel, pairs: Sequence[Preference], features: dict[str, TensorCache], *, words: bool
-    ) -> None:
-        self.model, self.pairs, self.features, self.words = model, pairs, features, words
+    def __init__(self, model: AnyGenModel, pairs: Sequence[Preference], features: dict[str, TensorCache]) -> None:
+        self.model, self.pairs, self.features = model, pairs, features
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """B rows with a `pair` each -> `input_ids`, `attention_mask` and `completion_mask`, long[2B, T], `media`, and
         what was computed of the reference, float32[B]."""
         pairs = [self.pairs[row["pair"]] for row in rows]
         talks = [[*p.prompt, p.chosen] for p in pairs] + [[*p.prompt, p.rejected] for p in pairs]
-        learned = [learn(self.model.prompts, talk, words=self.words, all_turns=False) for talk in talks]
+        learned = [learn(self.model.prompts, talk, words=False, all_turns=False) for talk in talks]
         ids, mask = pad([one.ids for one in learned], 0)
         labels, _ = pad([one.labels for one in learned], IGNORED)
         batch: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
@@ -216,9 +213,9 @@ def choosing(items: Sequence[Item], model: AnyGenModel, allowed: float) -> list[
     """
 
     def fault(item: Item) -> str | None:
-        pair, words = cast(_Pair, item).pair, words_count(model)
+        pair = cast(_Pair, item).pair
         chosen, rejected = (
-            learn(model.prompts, [*pair.prompt, answer], words=words, all_turns=False)
+            learn(model.prompts, [*pair.prompt, answer], words=False, all_turns=False)
             for answer in (pair.chosen, pair.rejected)
         )
         if _told(chosen) == _told(rejected):
@@ -291,7 +288,7 @@ def dpo_trainer(recipe: PreferenceTuningRecipe, out: Path, ready: Ready, log: Ru
         train_dataset=train_data,
         eval_dataset=on_disk(out / PAIRS / "held-out", numbers[len(ready.train) :]) if ready.held_out else None,
         processing_class=model.llm.tokenizer,
-        data_collator=PairCollator(model, pairs, ready.features, words=words_count(model)),
+        data_collator=PairCollator(model, pairs, ready.features),
         callbacks=callbacks(recipe, out, ready, told),
         identity=identity(recipe),
         run_log=log,
@@ -308,11 +305,6 @@ def on_disk(folder: Path, numbers: list[int]) -> Any:
         Dataset.from_dict({"pair": numbers}).save_to_disk(folder)
     wait()
     return Dataset.load_from_disk(folder)
-
-
-def words_count(model: AnyGenModel) -> bool:
-    """Whether the words of a plain answer are this model's own choice; with routes they are the untouched LLM's."""
-    return not model.settings.routes
 
 
 def trains(recipe: PreferenceTuningRecipe) -> list[str]:

@@ -193,6 +193,8 @@ class Ready:
     hooks: list[Any]
     make: Callable[[list[Any]], Learned]
     words: bool
+    own_words: bool
+    """Whether the LLM's own weights learn what it says without its adapter."""
     share: float
     lengths: dict[int, int] | None
 
@@ -228,12 +230,14 @@ def make_ready(recipe: StageRecipe, out: Path, prepare: Prepare, trains: Sequenc
     adapt(model.llm, recipe.peft)
     if recipe.activation_checkpointing:
         base: Any = model.llm.base  # transformers renames the method
-        getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)({"use_reentrant": False})
+        getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)(
+            {"use_reentrant": False, "context_fn": model.llm.checkpoint_contexts}
+        )
     hooks = select(model, Selection(recipe.trains or tuple(trains), recipe.unfreeze))
-    words = not model.settings.routes or "llm" in own_weights(model)
+    own_words = model.settings.routes and "llm" in own_weights(model)
 
     def make(messages: list[Any]) -> Learned:
-        return learn(model.prompts, messages, words=words, all_turns=prepared.all_turns)
+        return learn(model.prompts, messages, words=own_words, all_turns=prepared.all_turns)
 
     items, lengths = with_lengths(items, make, recipe)
     text, more = with_lengths(text, make, recipe)
@@ -251,6 +255,7 @@ def make_ready(recipe: StageRecipe, out: Path, prepare: Prepare, trains: Sequenc
         hooks=hooks,
         make=make,
         words=prepared.words,
+        own_words=own_words,
         share=prepared.share,
         lengths=lengths | more if prepared.exact else None,
     )

@@ -5,7 +5,7 @@ Shapes: B rows of a batch, T tokens, M media or runs of one modality in a batch.
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -77,6 +77,14 @@ class Learned:
     """The media of slots, in reading order."""
     made: list[MediaPart]
     """The media of runs, in reading order, earlier answers' included."""
+    base_ids: list[int] = field(default_factory=list)
+    """The conversation in the base view, up to the last answer whose words the LLM learns without its adapter."""
+    base_labels: list[int] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        """Of both views."""
+        return len(self.ids) + len(self.base_ids)
 
 
 def learn(prompts: PromptBuilder, messages: Sequence[Message], *, words: bool, all_turns: bool = True) -> Learned:
@@ -85,21 +93,18 @@ def learn(prompts: PromptBuilder, messages: Sequence[Message], *, words: bool, a
     Args:
         prompts: of the model.
         messages: the last is the assistant's.
-        words: whether the words of an answer by `<|words|>` are learned. Without, its route alone is: what follows is
-            the untouched LLM's own.
+        words: whether the words of an answer by `<|words|>` are learned, in the base view, in which the LLM says them.
+            Without, its route alone is: what follows is the untouched LLM's own.
         all_turns: whether earlier answers are learned as well, where they are tokenised as they would be generated.
     """
-    last = prompts.example(list(messages))
-    labels = _answer(prompts, last.labels, words=words)
-    for end in range(1, len(messages)) if all_turns else ():
-        if messages[end - 1].role != "assistant" or end == 1:
-            continue
-        earlier = prompts.example(list(messages[:end]))
-        if last.ids[: len(earlier.ids)] == earlier.ids:
-            labels[: len(earlier.ids)] = [
-                own if own != IGNORED else old
-                for own, old in zip(_answer(prompts, earlier.labels, words=words), labels, strict=False)
-            ]
+    ends = [end for end in range(2, len(messages)) if messages[end - 1].role == "assistant"] if all_turns else []
+    ends.append(len(messages))
+    examples = {end: prompts.example(list(messages[:end])) for end in ends}
+    last = examples[len(messages)]
+    ids, labels = _in_one([(one.ids, _answer(prompts, one.labels)) for one in examples.values()])
+    plain = [end for end, one in examples.items() if words and prompts.routes and _by_words(prompts, one.labels)]
+    base = [prompts.base_example(list(messages[:end])) for end in plain]
+    base_ids, base_labels = _in_one([(one.ids, one.labels) for one in base]) if base else ([], [])
     made = [
         part
         for message in messages
@@ -107,13 +112,27 @@ def learn(prompts: PromptBuilder, messages: Sequence[Message], *, words: bool, a
         for part in message.parts
         if isinstance(part, MediaPart) and part.modality in prompts.signal_tokens.runs
     ]
-    return Learned(last.ids, labels, last.media, made)
+    return Learned(ids, labels, last.media, made, base_ids, base_labels)
 
 
-def _answer(prompts: PromptBuilder, labels: Sequence[int], *, words: bool) -> list[int]:
-    if words or not prompts.routes or (route := prompts.signal_tokens.id(WORDS)) not in labels:
+def _in_one(answers: Sequence[tuple[list[int], list[int]]]) -> tuple[list[int], list[int]]:
+    """Ids and labels of longer and longer beginnings -> the last, with the labels of those that it begins with."""
+    ids, labels = answers[-1][0], list(answers[-1][1])
+    for earlier, learned in answers[:-1]:
+        if ids[: len(earlier)] == earlier:
+            labels[: len(earlier)] = [own if own != IGNORED else old for own, old in zip(learned, labels, strict=False)]
+    return ids, labels
+
+
+def _by_words(prompts: PromptBuilder, labels: Sequence[int]) -> bool:
+    return prompts.signal_tokens.id(WORDS) in labels
+
+
+def _answer(prompts: PromptBuilder, labels: Sequence[int]) -> list[int]:
+    """Of an answer by `<|words|>` the route alone."""
+    if not prompts.routes or not _by_words(prompts, labels):
         return list(labels)
-    return [label if label == route else IGNORED for label in labels]
+    return [label if label == prompts.signal_tokens.id(WORDS) else IGNORED for label in labels]
 
 
 class Mixed(Dataset[dict[str, Any]]):
@@ -197,6 +216,8 @@ class Collator:
         conditions: output modality -> cache of conditions by caption.
         pictures: output modalities whose media are read as well, for the diffusion loss.
         words: whether there is an LM loss.
+        own_words: whether words are learned in the base view as well. Then every batch has a row of it, if need be one of
+            which nothing is learned: all processes run the LLM as often.
     """
 
     def __init__(
@@ -207,18 +228,21 @@ class Collator:
         encoders: Mapping[str, Encoder] | None = None,
         pictures: Sequence[str] = (),
         words: bool = True,
+        own_words: bool = False,
     ) -> None:
         self.features, self.conditions, self.encoders = features, conditions, dict(encoders or {})
-        self.pictures, self.words = pictures, words
+        self.pictures, self.words, self.own_words = pictures, words, own_words
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """B items -> `input_ids`, `attention_mask`, `labels` long[B, T]; `media`, `conditions` by modality;
+        """B items -> `input_ids`, `attention_mask`, `labels` long[B, T]; `words`; `media`, `conditions` by modality;
         and for the diffusion loss `pictures`: modality -> (run numbers, media)."""
         learned: list[Learned] = [item["learned"] for item in items]
         ids, mask = pad([one.ids for one in learned], 0)
         batch: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
         if self.words:
             batch["labels"], _ = pad([one.labels for one in learned], IGNORED)
+        if self.words and self.own_words:
+            batch["words"] = _base_rows(learned)
         read = _by_modality(part for one in learned for part in one.read)
         if read:
             batch["media"] = {modality: self._media(modality, media) for modality, media in read.items()}
@@ -242,6 +266,13 @@ class Collator:
         return as_features(self.features[modality].rows([medium.key for medium in media]))
 
 
+def _base_rows(learned: Sequence[Learned]) -> dict[str, Tensor]:
+    rows = [one for one in learned if one.base_ids] or [Learned([], [], [], [], [0], [IGNORED])]
+    ids, mask = pad([one.base_ids for one in rows], 0)
+    labels, _ = pad([one.base_labels for one in rows], IGNORED)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
 def as_features(kept: Mapping[str, Tensor]) -> Features:
     """A cache's rows, `values` float[M, T, C] and `mask` bool[M, T], as `forward` takes them."""
     return Features(kept["values"], kept["mask"])
@@ -256,7 +287,7 @@ def _by_modality(parts: Any) -> dict[str, list[Shown]]:
 
 def arguments(batch: Mapping[str, Any]) -> dict[str, Any]:
     """Of a batch what `AnyGenModel.forward` takes."""
-    names = ("input_ids", "attention_mask", "labels", "media", "conditions")
+    names = ("input_ids", "attention_mask", "labels", "media", "conditions", "words")
     return {name: batch[name] for name in names if name in batch}
 
 

@@ -276,6 +276,7 @@ def fit(recipe: StageRecipe, out: Path, ready: Ready, log: RunLog) -> dict[str, 
         encoders=live,
         pictures=list(generators),
         words=ready.words and recipe.lm_weight > 0,
+        own_words=ready.own_words,
     )
     lengths = None if ready.lengths is None else ready.lengths.__getitem__
     data = Mixed(

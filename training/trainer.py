@@ -230,7 +230,9 @@ class SafeTrainer(WholeCheckpoints):
             return output["loss"]  # of as many items on every process
         device, model = self.args.device, self.accelerator.unwrap_model(self.model)
         labels, conditions = inputs.get("labels"), inputs.get("conditions") or {}
-        tokens = (labels[:, 1:] != -100).sum() if labels is not None else torch.zeros((), device=device)
+        learned = [labels] if labels is not None else []
+        learned += [inputs["words"]["labels"]] if "words" in inputs else []
+        tokens = sum(((some[:, 1:] != -100).sum() for some in learned), torch.zeros((), device=device))
         runs = sum(len(next(iter(tensors.values()))) for tensors in conditions.values())
         own = torch.stack([tokens.float(), torch.tensor(float(runs), device=device)])
         together = cast(Tensor, self.accelerator.reduce(own, "sum"))

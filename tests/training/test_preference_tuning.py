@@ -49,7 +49,7 @@ def log_probability(model: AnyGenModel, talk: list[Message]) -> torch.Tensor:
 def test_an_answer_s_probability_is_that_of_what_it_chooses(user_model: Path, user_data: Path) -> None:
     model = AnyGenModel.from_pretrained(user_model)
     pairs = read(str(user_data / "wanted.jsonl"), preference)
-    batch = PairCollator(model, pairs, {}, words=False)([{"pair": number} for number in range(3)])
+    batch = PairCollator(model, pairs, {})([{"pair": number} for number in range(3)])
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
     with torch.no_grad():
         output = PreferenceModel(model)(batch["input_ids"], batch["attention_mask"], labels)
@@ -169,6 +169,7 @@ def test_pairs_that_teach_nothing_are_bad_rows(user_model: Path, user_data: Path
         preference_tuning.train(recipe, tmp_path / "out")
     (one,) = preference_tuning.prepare(recipe, model.settings).items
     model.settings = replace(model.settings, routes=False)
+    model.prompts = model.build_prompts()
     assert preference_tuning.choosing([one], model, 0.0) == [one], "there its words are its own"
 
 
