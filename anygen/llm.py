@@ -394,7 +394,7 @@ class LLM(nn.Module):
             yield
 
     def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """`context_fn` of `torch.utils.checkpoint`: the adapter is on or off in the backward pass as in the forward pass."""
+        """`context_fn` of `torch.utils.checkpoint`: the adapter is in the backward pass on or off as before."""
         return nullcontext(), self._adapters([layer._disable_adapters for layer in self._adapter_layers])
 
     @contextmanager

@@ -258,13 +258,17 @@ class AnyGenModel(nn.Module):
         loss = token_loss(self.logits(hidden[:, :-1][wanted]), labels[:, 1:][wanted])
         if words is None:
             return loss
+        logits, targets = self.word_logits(words)
+        share = len(targets) / (wanted.sum() + len(targets)).clamp(min=1)
+        return (1 - share) * loss + share * token_loss(logits, targets)
+
+    def word_logits(self, words: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """`words` as for `forward` -> float[M, V], long[M]: the LLM's logits without its adapter, and what was said."""
         mask, said = words["attention_mask"], words["labels"][:, 1:] != IGNORED
         with self.llm.adapter_off():
             embeds = self.llm.embedding(words["input_ids"])
-            states, _ = self.llm.hidden_states(embeds, attention_mask=mask, position_ids=positions(mask))
-        spoken = token_loss(self.llm.logits(states[:, :-1][said]), words["labels"][:, 1:][said])
-        share = said.sum() / (said.sum() + wanted.sum()).clamp(min=1)
-        return (1 - share) * loss + share * spoken
+            hidden, _ = self.llm.hidden_states(embeds, attention_mask=mask, position_ids=positions(mask))
+        return self.llm.logits(hidden[:, :-1][said]), words["labels"][:, 1:][said]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float[..., D] -> float32[..., V + R]: the LLM's own logits, then the new tokens'."""

@@ -10,8 +10,8 @@
 With `unfreeze: ["llm.*"]` and all projectors this is one-stage training of everything but encoders and generators
 (SPHINX-X, arXiv:2402.05935); on a model with fresh projectors it skips pre-training (Cobra, arXiv:2403.14520).
 
-Where answers have routes, words that answer words are the untouched LLM's own: of such answers the route alone is
-learned, unless the LLM's own weights train.
+Where answers have routes, words that answer words are the LLM's own, without its adapter: of such answers the route
+alone is learned. Where the LLM's own weights train, the words are too, as they are said (`PromptBuilder.base_example`).
 
 Source: MM-LLMs survey (arXiv:2401.13601) section 2.5; a share of text-only data, VILA (arXiv:2312.07533).
 """

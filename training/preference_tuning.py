@@ -1,4 +1,4 @@
-"""Preference tuning on a user's pairs of answers, of which one is preferred: which media it holds, and its words where the model chooses them.
+"""Preference tuning on a user's pairs of answers, of which one is preferred: which media it holds, and its words.
 
     kind: preference_tuning
     out: runs/preference
@@ -7,8 +7,9 @@
 
 `trl.DPOTrainer` does it; here is what it is told of a model with media: token ids with slots and signal tokens, and
 log-probabilities over words and new tokens together. Of an answer its route, its words, the first token of each run
-and its end count, as they are what is chosen when it is generated; the rest of a run is forced. What the model was
-before is the reference, whose log-probabilities are computed once.
+and its end count, as they are what is chosen when it is generated; the rest of a run is forced. Words that the LLM
+says without its adapter count where its own weights train. What the model was before is the reference, whose
+log-probabilities are computed once.
 
 Source: DPO (arXiv:2305.18290).
 Shapes: B pairs, so that a batch has 2B rows, the preferred answers first; T tokens, V + R classes.
@@ -37,7 +38,7 @@ from anygen.training.data_rows import Rows, Source, read
 from anygen.training.instruction_tuning import sources
 from anygen.training.loop import RunLog, is_main, wait
 from anygen.training.stage import Prepared, Ready, StageRecipe, make_ready, sifted, trained_encoders
-from anygen.training.stage_data import Item, Learned, as_features, item, learn, to
+from anygen.training.stage_data import Item, Learned, as_features, base_rows, item, learn, to
 from anygen.training.stage_run import begin_log, save, tell_parameters
 from anygen.training.stage_trainer import (
     Log,
@@ -139,7 +140,15 @@ class PreferenceModel(PreTrainedModel):
         if name != "forward" or not self.guarded:
             super().__setattr__(name, value)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, media: Any = None, **_: Any) -> Scores:
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        media: Any = None,
+        words: Any = None,
+        **_: Any,
+    ) -> Scores:
         """Scores a batch.
 
         Args:
@@ -147,23 +156,33 @@ class PreferenceModel(PreTrainedModel):
             attention_mask: long[2B, T].
             labels: long[2B, T], -100 where nothing was chosen.
             media: as for `AnyGenModel.forward`.
+            words: as for `AnyGenModel.forward`, and `places`, bool[2B, T], where in `input_ids` they stand.
         """
-        media = to(media, input_ids.device)  # a trainer moves tensors alone
+        media, words = (to(given, input_ids.device) for given in (media, words))  # a trainer moves tensors alone
         hidden = self.inner(input_ids, attention_mask, media=media).hidden_states
         wanted = labels[:, 1:] != IGNORED
-        logits = self.inner.logits(hidden[:, :-1][wanted])
-        targets = labels[:, 1:][wanted]
-        log_probs = logits.log_softmax(-1)
-        with torch.no_grad():
-            entropy = -(log_probs.exp() * log_probs).sum(-1)
-            top = logits.argmax(-1) == targets
-        chosen = log_probs.gather(-1, targets[:, None])[:, 0]
-        return Scores(
-            log_probs=_placed(chosen, wanted),
-            entropy=_placed(entropy, wanted),
-            mean_logits=_placed(logits.detach().mean(-1), wanted),
-            is_top1=_placed(top, wanted),
-        )
+        if words is None:
+            return _scores(self.inner.logits(hidden[:, :-1][wanted]), labels[:, 1:][wanted], wanted)
+        said = words["places"][:, 1:]
+        wanted &= ~said
+        adapted = _scores(self.inner.logits(hidden[:, :-1][wanted]), labels[:, 1:][wanted], wanted)
+        plain = _scores(*self.inner.word_logits(words), said)
+        return Scores(**{name: value + plain[name] for name, value in adapted.items()})  # of places apart
+
+
+def _scores(logits: Tensor, targets: Tensor, wanted: Tensor) -> Scores:
+    """float[N, V + R] and long[N] of the places bool[2B, T - 1]."""
+    log_probs = logits.float().log_softmax(-1)
+    with torch.no_grad():
+        entropy = -(log_probs.exp() * log_probs).sum(-1)
+        top = logits.argmax(-1) == targets
+    chosen = log_probs.gather(-1, targets[:, None])[:, 0]
+    return Scores(
+        log_probs=_placed(chosen, wanted),
+        entropy=_placed(entropy, wanted),
+        mean_logits=_placed(logits.detach().float().mean(-1), wanted),
+        is_top1=_placed(top, wanted),
+    )
 
 
 def _placed(values: Tensor, wanted: Tensor) -> Tensor:
@@ -178,21 +197,37 @@ class PairCollator:
         model: whose tokens these are.
         pairs: all of them, by number.
         features: input modality -> cache.
+        own_words: as for `stage_data.Collator`.
     """
 
-    def __init__(self, model: AnyGenModel, pairs: Sequence[Preference], features: dict[str, TensorCache]) -> None:
-        self.model, self.pairs, self.features = model, pairs, features
+    def __init__(
+        self,
+        model: AnyGenModel,
+        pairs: Sequence[Preference],
+        features: dict[str, TensorCache],
+        *,
+        own_words: bool = False,
+    ) -> None:
+        self.model, self.pairs, self.features, self.own_words = model, pairs, features, own_words
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """B rows with a `pair` each -> `input_ids`, `attention_mask` and `completion_mask`, long[2B, T], `media`, and
-        what was computed of the reference, float32[B]."""
+        """B rows with a `pair` each -> `input_ids`, `attention_mask` and `completion_mask`, long[2B, T], `media`,
+        `words`, and what was computed of the reference, float32[B]."""
         pairs = [self.pairs[row["pair"]] for row in rows]
         talks = [[*p.prompt, p.chosen] for p in pairs] + [[*p.prompt, p.rejected] for p in pairs]
-        learned = [learn(self.model.prompts, talk, words=False, all_turns=False) for talk in talks]
+        learned = [learn(self.model.prompts, talk, words=self.own_words, all_turns=False) for talk in talks]
         ids, mask = pad([one.ids for one in learned], 0)
         labels, _ = pad([one.labels for one in learned], IGNORED)
         batch: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
-        batch["completion_mask"] = (labels != IGNORED).long()
+        chosen = labels != IGNORED
+        if self.own_words:
+            places = torch.zeros_like(chosen)
+            for row, one in enumerate(learned):  # they end the row, in the ids that they have in the base view
+                said = sum(label != IGNORED for label in one.base_labels)
+                places[row, len(one.ids) - said : len(one.ids)] = True
+            batch["words"] = base_rows(learned) | {"places": places}
+            chosen |= places
+        batch["completion_mask"] = chosen.long()
         read_media: dict[str, list[str]] = {}
         for one in learned:
             for part in one.read:
@@ -205,7 +240,7 @@ class PairCollator:
         return batch
 
 
-def choosing(items: Sequence[Item], model: AnyGenModel, allowed: float) -> list[Item]:
+def choosing(items: Sequence[Item], ready: Ready, allowed: float) -> list[Item]:
     """Pairs whose answers differ in what is chosen.
 
     Raises:
@@ -215,7 +250,7 @@ def choosing(items: Sequence[Item], model: AnyGenModel, allowed: float) -> list[
     def fault(item: Item) -> str | None:
         pair = cast(_Pair, item).pair
         chosen, rejected = (
-            learn(model.prompts, [*pair.prompt, answer], words=False, all_turns=False)
+            learn(ready.model.prompts, [*pair.prompt, answer], words=ready.own_words, all_turns=False)
             for answer in (pair.chosen, pair.rejected)
         )
         if _told(chosen) == _told(rejected):
@@ -228,7 +263,7 @@ def choosing(items: Sequence[Item], model: AnyGenModel, allowed: float) -> list[
 
 
 def _told(learned: Learned) -> list[int]:
-    return [label for label in learned.labels if label != IGNORED]
+    return [label for label in (*learned.labels, *learned.base_labels) if label != IGNORED]
 
 
 def dpo_trainer(recipe: PreferenceTuningRecipe, out: Path, ready: Ready, log: RunLog, told: Log) -> Any:
@@ -288,7 +323,7 @@ def dpo_trainer(recipe: PreferenceTuningRecipe, out: Path, ready: Ready, log: Ru
         train_dataset=train_data,
         eval_dataset=on_disk(out / PAIRS / "held-out", numbers[len(ready.train) :]) if ready.held_out else None,
         processing_class=model.llm.tokenizer,
-        data_collator=PairCollator(model, pairs, ready.features),
+        data_collator=PairCollator(model, pairs, ready.features, own_words=ready.own_words),
         callbacks=callbacks(recipe, out, ready, told),
         identity=identity(recipe),
         run_log=log,
@@ -324,7 +359,7 @@ def train(recipe: PreferenceTuningRecipe, out: Path) -> dict[str, float]:
     """
     log = begin_log(recipe, out)
     ready = make_ready(recipe, out, lambda config: prepare(recipe, config), trains(recipe))
-    good = {id(one) for one in choosing([*ready.train, *ready.held_out], ready.model, recipe.bad_rows)}
+    good = {id(one) for one in choosing([*ready.train, *ready.held_out], ready, recipe.bad_rows)}
     ready.train, ready.held_out = ([one for one in some if id(one) in good] for some in (ready.train, ready.held_out))
     tell_parameters(ready.model, log)
     told = Log(log)

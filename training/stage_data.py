@@ -216,8 +216,8 @@ class Collator:
         conditions: output modality -> cache of conditions by caption.
         pictures: output modalities whose media are read as well, for the diffusion loss.
         words: whether there is an LM loss.
-        own_words: whether words are learned in the base view as well. Then every batch has a row of it, if need be one of
-            which nothing is learned: all processes run the LLM as often.
+        own_words: whether words are learned in the base view as well. Then every batch has a row of it, if need be
+            one of which nothing is learned: all processes run the LLM as often.
     """
 
     def __init__(
@@ -242,7 +242,7 @@ class Collator:
         if self.words:
             batch["labels"], _ = pad([one.labels for one in learned], IGNORED)
         if self.words and self.own_words:
-            batch["words"] = _base_rows(learned)
+            batch["words"] = base_rows(learned)
         read = _by_modality(part for one in learned for part in one.read)
         if read:
             batch["media"] = {modality: self._media(modality, media) for modality, media in read.items()}
@@ -266,7 +266,8 @@ class Collator:
         return as_features(self.features[modality].rows([medium.key for medium in media]))
 
 
-def _base_rows(learned: Sequence[Learned]) -> dict[str, Tensor]:
+def base_rows(learned: Sequence[Learned]) -> dict[str, Tensor]:
+    """What `AnyGenModel.forward` takes as `words`; of none one row of which nothing is learned."""
     rows = [one for one in learned if one.base_ids] or [Learned([], [], [], [], [0], [IGNORED])]
     ids, mask = pad([one.base_ids for one in rows], 0)
     labels, _ = pad([one.base_labels for one in rows], IGNORED)

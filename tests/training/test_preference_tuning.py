@@ -16,6 +16,7 @@ from anygen.training import preference_tuning
 from anygen.training.chat_rows import preference
 from anygen.training.data_rows import read
 from anygen.training.preference_tuning import PairCollator, PreferenceModel, PreferenceTuningRecipe
+from anygen.training.stage import make_ready
 from anygen.training.stage_data import learn
 from anygen.training.trainable import PeftSettings
 
@@ -85,7 +86,6 @@ def test_the_first_step_s_loss_and_gradient_are_the_formula_s(
     user_model: Path, user_data: Path, tmp_path: Path
 ) -> None:
     from anygen.training.loop import RunLog
-    from anygen.training.stage import make_ready
     from anygen.training.stage_trainer import Log
 
     recipe = recipe_of(user_model, user_data, beta=0.3)
@@ -163,14 +163,52 @@ def test_pairs_that_teach_nothing_are_bad_rows(user_model: Path, user_data: Path
     no, yes = ([{"role": "assistant", "content": words}] for words in ("no", "yes it is"))
     rows = [{"prompt": [say], "chosen": yes, "rejected": no}]
     (tmp_path / "words.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    model = AnyGenModel.from_pretrained(user_model)
     recipe = recipe_of(user_model, user_data, data=str(tmp_path / "words.jsonl"))
     with pytest.raises(ConfigError, match="1 of 1 rows do not fit .*: the answers differ in words alone"):
         preference_tuning.train(recipe, tmp_path / "out")
-    (one,) = preference_tuning.prepare(recipe, model.settings).items
-    model.settings = replace(model.settings, routes=False)
-    model.prompts = model.build_prompts()
-    assert preference_tuning.choosing([one], model, 0.0) == [one], "there its words are its own"
+    ready = make_ready(recipe, tmp_path, lambda config: preference_tuning.prepare(recipe, config), ["llm"])
+    with pytest.raises(ConfigError, match="differ in words alone"):
+        preference_tuning.choosing(ready.train, ready, 0.0)
+    ready.model.settings = replace(ready.model.settings, routes=False)
+    ready.model.prompts = ready.model.build_prompts()
+    assert preference_tuning.choosing(ready.train, ready, 0.0) == ready.train, "there its words are its own"
+
+
+def test_words_are_preferred_where_the_llm_s_own_weights_train(
+    user_model: Path, user_data: Path, tmp_path: Path
+) -> None:
+    """As they are said: by the LLM without its adapter, in the base view, and their route by the adapted one."""
+    ask = {"role": "user", "content": "Is it?"}
+    film, *answers = (
+        [{"role": "assistant", "content": said}]
+        for said in ([{"type": "video", "caption": "a dog"}], "no", "yes it is", "perhaps", "maybe it is")
+    )
+    rows = [{"prompt": [ask], "chosen": a, "rejected": b} for a, b in (answers[:2], (film, answers[2]), answers[2:])]
+    (tmp_path / "words.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    recipe = recipe_of(user_model, user_data, data=str(tmp_path / "words.jsonl"), unfreeze=("llm.*",))
+    ready = make_ready(recipe, tmp_path, lambda config: preference_tuning.prepare(recipe, config), ["llm"])
+    assert ready.own_words and len(preference_tuning.choosing(ready.train, ready, 0.0)) == 3
+    model = ready.model.eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    pairs = read(str(tmp_path / "words.jsonl"), preference)
+    batch = PairCollator(model, pairs, {}, own_words=True)([{"pair": number} for number in range(3)])
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    wanted = []
+    with torch.no_grad():
+        output = PreferenceModel(model)(batch["input_ids"], batch["attention_mask"], labels, words=batch["words"])
+        for talk in [[*p.prompt, p.chosen] for p in pairs] + [[*p.prompt, p.rejected] for p in pairs]:
+            wanted.append(log_probability(model, talk))
+            if learned := learn(model.prompts, talk, words=True, all_turns=False).base_ids:
+                with model.llm.adapter_off():
+                    given = len(model.prompts.prompt(talk[:-1]).base_ids)
+                    log_probs = model.llm.base(torch.tensor([learned])).logits[0].log_softmax(-1)
+                said = torch.tensor(learned[given:])
+                wanted[-1] = wanted[-1] + log_probs[given - 1 : -1].gather(1, said[:, None]).sum()
+    torch.testing.assert_close(output.log_probs.sum(1), torch.stack(wanted), rtol=1e-4, atol=1e-4)
+    figures = preference_tuning.train(recipe, tmp_path / "out")
+    assert figures["preferred"] == 1.0 and figures["loss"] < 0.6931
 
 
 def test_bad_values_are_told(user_model: Path, user_data: Path, tmp_path: Path) -> None:
