@@ -37,9 +37,10 @@ def test_words_are_learned_where_they_are_said(tiny_model: Callable[..., AnyGenM
     """The ids are those that the base LLM's own chat template has for the conversation."""
     talk = [asks("Hi."), says("Hello."), asks("And?"), says("Bye.")]
     prompts = tiny_model().prompts
-    learned, tokenizer = learn(prompts, talk, words=True), prompts.tokenizer
+    tokenizer: Any = prompts.tokenizer
+    learned = learn(prompts, talk, words=True)
     turns = [{"role": m.role, "content": m.text} for m in talk]
-    whole: Any = tokenizer.apply_chat_template(turns, tokenize=False)
+    whole = tokenizer.apply_chat_template(turns, tokenize=False)
     ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
     assert learned.base_ids == ids[: len(learned.base_ids)] and len(ids) - len(learned.base_ids) <= 1  # a line's end
     said = tokenizer.decode([label for label in learned.base_labels if label >= 0])

@@ -23,8 +23,12 @@ STAGES = {
     "decoder_alignment": "captions: {audio: DATA/captions.txt}\nbatch_size: 2\n",
     "instruction_tuning": "data: DATA/chats.jsonl\npeft: {kind: lora, rank: 2}\nbatch_size: 4\n"
     "trains: [llm, ROWS input_projectors, output_projectors]\n",
+    "everything": "data: DATA/chats.jsonl\ntext_data: DATA/talk.jsonl\ntext_share: 0.4\n"
+    "peft: {kind: lora, rank: 2}\nbatch_size: 4\nunfreeze: ['llm.*']\nactivation_checkpointing: true\n"
+    "trains: [llm, ROWS input_projectors, output_projectors]\n",
     "preference_tuning": "data: DATA/wanted.jsonl\npeft: {kind: lora, rank: 2}\nbatch_size: 2\n",
 }
+KINDS = {"everything": "instruction_tuning"}
 CASES = [("ddp", stage) for stage in STAGES]
 CASES += [("fsdp2", "instruction_tuning"), ("deepspeed", "instruction_tuning"), ("deepspeed", "preference_tuning")]
 
@@ -66,8 +70,8 @@ def test_two_processes_learn_as_one_does(
     told = STAGES[stage].replace("DATA", str(user_data)).replace("ROWS", rows)
     recipe = tmp_path / "r.yaml"
     recipe.write_text(
-        f"kind: {stage}\nmodel: {user_model}\nout: {tmp_path / 'one'}\ncache: {user_data / 'cache'}\n{told}"
-        "steps: 3\nheld_out: 0.35\nevaluate_every: 2\nlearning_rate: 0.01\nbf16: false\nreport_to: []\n"
+        f"kind: {KINDS.get(stage, stage)}\nmodel: {user_model}\nout: {tmp_path / 'one'}\ncache: {user_data / 'cache'}\n"
+        f"{told}steps: 3\nheld_out: 0.35\nevaluate_every: 2\nlearning_rate: 0.01\nbf16: false\nreport_to: []\n"
     )
     run(recipe)
     finished(start(config, recipe, tmp_path / "two"))
