@@ -15,6 +15,7 @@ from anygen.errors import AnyGenError, CheckpointError, ConfigError, OutOfMemory
 from anygen.generators.base import Generator
 from anygen.model import CONFIG
 from anygen.model_config import OutputConfig, SourceConfig
+from anygen.model_parts import files_of
 from anygen.registry import lookup
 
 DTYPES = {
@@ -105,7 +106,7 @@ def load_generator(directory: Path, output: OutputConfig, device: torch.device, 
     taken = signature(maker.from_pretrained).parameters.values()
     open_ended = any(parameter.kind is Parameter.VAR_KEYWORD for parameter in taken)
     names = part.options if open_ended else {parameter.name for parameter in taken}
-    with quiet_libraries(diffusers=True), memory():
+    with quiet_libraries(diffusers=True), memory(), files_of(f"the generator '{part.name}'", where):
         told = {name: value for name, value in part.options.items() if name in names}
         generator = maker.from_pretrained(where, device=device, dtype=dtype, **told)
     if defaults := {name: value for name, value in part.options.items() if name not in names}:

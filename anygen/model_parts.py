@@ -1,12 +1,13 @@
 """The parts of a model by what its configuration says of them: fresh projectors, encoders from their directories."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from anygen.config import Config
 from anygen.encoders.base import Encoder
-from anygen.errors import CheckpointError, ConfigError
+from anygen.errors import AnyGenError, CheckpointError, ConfigError
 from anygen.features import ConditionSpec
 from anygen.model_config import InputConfig, OutputConfig, PartConfig, SourceConfig, SourcedPartConfig
 from anygen.projectors.base import InputProjector, OutputProjector
@@ -38,11 +39,27 @@ def _options(cls: type[Any], kind: Kind, part: PartConfig) -> Config:
 
 
 def load_encoder(config: SourcedPartConfig, find: Callable[[SourceConfig], Path]) -> Encoder:
-    """The encoder in the directory that `find` gives for its source; CheckpointError if there is none."""
+    """The encoder in the directory that `find` gives for its source; CheckpointError if it is missing or not whole."""
     directory = find(config.source)
     if not directory.is_dir():
         raise CheckpointError(f"the encoder '{config.name}' is missing: there is no directory {directory}")
-    return lookup("encoder", config.name).from_pretrained(directory, **config.options)
+    with files_of(f"the encoder '{config.name}'", directory):
+        return lookup("encoder", config.name).from_pretrained(directory, **config.options)
+
+
+@contextmanager
+def files_of(part: str, directory: Path) -> Iterator[None]:
+    """Inside, a file that a part's own code, such as a plugin's, cannot open is told with the part.
+
+    Raises:
+        CheckpointError: there is one.
+    """
+    try:
+        yield
+    except AnyGenError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{part} cannot be read from {directory}: {error}") from error
 
 
 def resolve_by_hub(name: str) -> Path:

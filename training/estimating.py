@@ -247,7 +247,8 @@ def show(name: str, told: Estimate) -> None:
     console = Console(width=100)
     print_table(told.parameters, console)
     cached = ", ".join(f"{count:,} {what}" for what, count in told.to_cache.items() if count)
-    console.print(f"{name}: {told.rows:,} conversations of {told.tokens:.0f} tokens, {told.steps:,} steps")
+    steps = f"{told.steps:,} step{'' if told.steps == 1 else 's'}"
+    console.print(f"{name}: {told.rows:,} conversations of {told.tokens:.0f} tokens, {steps}")
     if cached:
         console.print(f"computed into caches first: {cached}")
     parts = ", ".join(f"{what} {size / 2**20:,.0f}" for what, size in told.memory.items())

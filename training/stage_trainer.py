@@ -330,6 +330,9 @@ def conduct(trainer: Trainer, recipe: StageRecipe, ready: Ready, told: Log, last
         trainer.remove_callback(callback)
     if sys.stderr.isatty():
         trainer.add_callback(Bar)
+    elif trainer.is_world_process_zero():
+        begin = "" if last is None else f", on from {Path(last).name}"
+        logger.info("%s steps of %s rows%s", f"{trainer.args.max_steps:,}", f"{len(ready.train):,}", begin)
     # Not by `evaluate`, after which several processes would train each by itself. A run that goes on has it in its log.
     trainer.args.eval_on_start = bool(ready.held_out) and last is None
     if last is not None:

@@ -4,10 +4,11 @@ from typing import Any
 import pytest
 import torch
 
-from anygen.errors import ConfigError
+from anygen.errors import CheckpointError, ConfigError
 from anygen.features import Condition
 from anygen.loading import choose_device, choose_dtype, load_generator
 from anygen.model_config import OutputConfig, PartConfig, SourceConfig, SourcedPartConfig
+from anygen.model_parts import load_encoder
 
 
 @pytest.mark.parametrize(("cuda", "mps", "wanted"), [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")])
@@ -38,6 +39,25 @@ def test_options_that_a_generator_does_not_load_by_are_its_defaults(tiny_zerosco
     assert (load().defaults.steps, load(steps=7).defaults.steps, load(steps=7).defaults.frames) == (3, 7, 3)
     with pytest.raises(ConfigError, match="the generator 'zeroscope' has no options turbo"):
         load(turbo=True)
+
+
+def test_files_that_a_part_s_own_code_cannot_open_are_told_with_the_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Foreign:
+        @classmethod
+        def from_pretrained(cls, directory: Path, **_: Any) -> Any:
+            return (directory / "weights.bin").read_bytes()
+
+    (tmp_path / "there").mkdir()
+    part = SourcedPartConfig(name="smell", source=SourceConfig(path="there"))
+    output = OutputConfig(signal_tokens=1, condition={}, generator=part, projector=PartConfig(name="mlp"))
+    for module in ("loading", "model_parts"):
+        monkeypatch.setattr(f"anygen.{module}.lookup", lambda *_: Foreign)
+    with pytest.raises(CheckpointError, match=r"the generator 'smell' cannot be read from .*there: .*weights\.bin"):
+        load_generator(tmp_path, output, torch.device("cpu"), torch.float32)
+    with pytest.raises(CheckpointError, match=r"the encoder 'smell' cannot be read from .*there: .*weights\.bin"):
+        load_encoder(part, lambda source: tmp_path / str(source.path))
 
 
 def test_models_saved_in_different_types_are_loaded_in_one(tiny_zeroscope: Any, tmp_path: Path) -> None:

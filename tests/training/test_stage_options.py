@@ -1,6 +1,7 @@
 """Options of stages: the diffusion loss, resolution, going on, and what is told while a stage runs."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -102,7 +103,11 @@ def test_a_stage_may_read_smaller_pictures_and_keeps_their_features_apart(
 
 
 def test_a_run_that_is_killed_and_goes_on_ends_as_one_that_never_stopped(
-    user_model: Path, user_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    user_model: Path,
+    user_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     recipe = DecoderAlignmentRecipe(
         model=str(user_model),
@@ -129,7 +134,9 @@ def test_a_run_that_is_killed_and_goes_on_ends_as_one_that_never_stopped(
     other = replace(recipe, trains=("output_projectors", "signal_tokens"))
     with pytest.raises(CheckpointError, match=r"checkpoint-3 is of another run: trains was \[\], is \['output_proj"):
         decoder_alignment.train(other, tmp_path / "parts")
-    rest = decoder_alignment.train(recipe, tmp_path / "parts")
+    with caplog.at_level("INFO", "anygen"):
+        rest = decoder_alignment.train(recipe, tmp_path / "parts")
+    assert re.search(r"8 steps of \d rows, on from checkpoint-3$", caplog.text, re.MULTILINE)
     assert rest["held_out"] == whole["held_out"] and rest["steps"] == 8
     new, old = (read_safetensors(tmp_path / run / "model", "projectors") for run in ("parts", "whole"))
     assert all(torch.equal(new[name], old[name]) for name in old)
