@@ -394,7 +394,7 @@ class LLM(nn.Module):
             yield
 
     def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """`context_fn` of `torch.utils.checkpoint`: the adapter is in the backward pass on or off as before."""
+        """`context_fn` of `torch.utils.checkpoint`: what is recomputed has the adapter on or off as it was."""
         return nullcontext(), self._adapters([layer._disable_adapters for layer in self._adapter_layers])
 
     @contextmanager

@@ -145,7 +145,8 @@ class AnyGenModel(nn.Module):
                 base view (`PromptBuilder.base_example`), in a pass of their own. They count beside `labels`.
 
         Raises:
-            ConfigError: the slots and the media, or the runs and the conditions, do not match in number.
+            ConfigError: the slots and the media, or the runs and the conditions, do not match in number; or there are
+                `words` without `labels`.
             ModalityError: features of a modality without encoder are missing.
         """
         embeds = self.embed(input_ids, media)
@@ -174,11 +175,13 @@ class AnyGenModel(nn.Module):
             words: as for `forward`.
 
         Raises:
-            ConfigError: the runs and the conditions do not match in number.
+            ConfigError: the runs and the conditions do not match in number, or there are `words` without `labels`.
         """
         output = AnyGenOutput(hidden_states=hidden)
         if labels is not None:
             output.lm_loss = output.loss = self.lm_loss(hidden, labels, words)
+        elif words is not None:
+            raise ConfigError("words are learned beside labels: give both")
         if conditions:
             projected, losses = {}, []
             for modality, target in conditions.items():

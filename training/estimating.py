@@ -30,7 +30,7 @@ from anygen.training.kept_states import constant_states
 from anygen.training.precompute import found
 from anygen.training.stage import Prepare, StageRecipe, llm_dtype, trained_encoders
 from anygen.training.stage_data import Item, learn
-from anygen.training.trainable import Selection, adapt, groups, own_weights, select
+from anygen.training.trainable import Selection, adapt, groups, own_words, select
 
 SAMPLE = 200
 """Conversations that are tokenised to tell how long they are."""
@@ -106,10 +106,11 @@ def estimate(recipe: StageRecipe, prepare: Prepare, trains: Sequence[str]) -> Es
     model = blueprint(directory, config, live, recipe)
     select(model, Selection(recipe.trains or tuple(trains), recipe.unfreeze))
     groups(model, recipe.learning_rate, recipe.learning_rates, recipe.weight_decay)  # names of rates that fit nothing
-    words = config.routes and "llm" in own_weights(model)
     picked = random.Random(0).sample(prepared.items, min(SAMPLE, len(prepared.items)))
+    spoken = own_words(model)
     learned = [
-        learn(model.prompts, item.talk(random.Random(0)), words=words, all_turns=prepared.all_turns) for item in picked
+        learn(model.prompts, item.talk(random.Random(0)), own_words=spoken, all_turns=prepared.all_turns)
+        for item in picked
     ]
     tokens = sum(one.tokens for one in learned) / max(1, len(learned))
     targets = sum(sum(label >= 0 for label in (*one.labels, *one.base_labels)) for one in learned) / max(
@@ -212,7 +213,7 @@ def contexts_of(model: AnyGenModel, items: Sequence[Item]) -> float:
     """About how many different contexts an item becomes, of those that are drawn at random."""
     tried = random.Random(0).sample(list(items), min(8, len(items)))
     found = [
-        len({tuple(learn(model.prompts, one.talk(random.Random(draw)), words=False).ids) for draw in range(12)})
+        len({tuple(learn(model.prompts, one.talk(random.Random(draw)), own_words=False).ids) for draw in range(12)})
         for one in tried
     ]
     return sum(found) / max(1, len(found))

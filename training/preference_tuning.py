@@ -49,7 +49,7 @@ from anygen.training.stage_trainer import (
     optimizer,
     training_arguments,
 )
-from anygen.training.trainable import PARTS
+from anygen.training.trainable import PARTS, own_words
 from anygen.training.trainer import WholeCheckpoints, on_one_gpu
 
 PAIRS = ".pairs"
@@ -167,7 +167,7 @@ class PreferenceModel(PreTrainedModel):
         wanted &= ~said
         adapted = _scores(self.inner.logits(hidden[:, :-1][wanted]), labels[:, 1:][wanted], wanted)
         plain = _scores(*self.inner.word_logits(words), said)
-        return Scores(**{name: value + plain[name] for name, value in adapted.items()})  # of places apart
+        return Scores(**{name: value + plain[name] for name, value in adapted.items()})  # zero at the other's places
 
 
 def _scores(logits: Tensor, targets: Tensor, wanted: Tensor) -> Scores:
@@ -215,7 +215,7 @@ class PairCollator:
         `words`, and what was computed of the reference, float32[B]."""
         pairs = [self.pairs[row["pair"]] for row in rows]
         talks = [[*p.prompt, p.chosen] for p in pairs] + [[*p.prompt, p.rejected] for p in pairs]
-        learned = [learn(self.model.prompts, talk, words=self.own_words, all_turns=False) for talk in talks]
+        learned = [learn(self.model.prompts, talk, own_words=self.own_words, all_turns=False) for talk in talks]
         ids, mask = pad([one.ids for one in learned], 0)
         labels, _ = pad([one.labels for one in learned], IGNORED)
         batch: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
@@ -240,17 +240,19 @@ class PairCollator:
         return batch
 
 
-def choosing(items: Sequence[Item], ready: Ready, allowed: float) -> list[Item]:
+def choosing(items: Sequence[Item], model: AnyGenModel, allowed: float) -> list[Item]:
     """Pairs whose answers differ in what is chosen.
 
     Raises:
         ConfigError: those left out are more than the share `allowed` of a file.
     """
 
+    spoken = own_words(model)
+
     def fault(item: Item) -> str | None:
         pair = cast(_Pair, item).pair
         chosen, rejected = (
-            learn(ready.model.prompts, [*pair.prompt, answer], words=ready.own_words, all_turns=False)
+            learn(model.prompts, [*pair.prompt, answer], own_words=spoken, all_turns=False)
             for answer in (pair.chosen, pair.rejected)
         )
         if _told(chosen) == _told(rejected):
@@ -323,7 +325,7 @@ def dpo_trainer(recipe: PreferenceTuningRecipe, out: Path, ready: Ready, log: Ru
         train_dataset=train_data,
         eval_dataset=on_disk(out / PAIRS / "held-out", numbers[len(ready.train) :]) if ready.held_out else None,
         processing_class=model.llm.tokenizer,
-        data_collator=PairCollator(model, pairs, ready.features, own_words=ready.own_words),
+        data_collator=PairCollator(model, pairs, ready.features, own_words=own_words(model)),
         callbacks=callbacks(recipe, out, ready, told),
         identity=identity(recipe),
         run_log=log,
@@ -359,7 +361,7 @@ def train(recipe: PreferenceTuningRecipe, out: Path) -> dict[str, float]:
     """
     log = begin_log(recipe, out)
     ready = make_ready(recipe, out, lambda config: prepare(recipe, config), trains(recipe))
-    good = {id(one) for one in choosing([*ready.train, *ready.held_out], ready, recipe.bad_rows)}
+    good = {id(one) for one in choosing([*ready.train, *ready.held_out], ready.model, recipe.bad_rows)}
     ready.train, ready.held_out = ([one for one in some if id(one) in good] for some in (ready.train, ready.held_out))
     tell_parameters(ready.model, log)
     told = Log(log)

@@ -29,7 +29,7 @@ from anygen.training.chat_rows import Shown
 from anygen.training.data_rows import Faults
 from anygen.training.precompute import condition_cache, feature_cache, set_image_size
 from anygen.training.stage_data import Item, Learned, learn
-from anygen.training.trainable import PeftSettings, Selection, adapt, own_weights, select
+from anygen.training.trainable import PeftSettings, Selection, adapt, own_words, select
 
 logger = logging.getLogger("anygen.training")
 
@@ -193,8 +193,6 @@ class Ready:
     hooks: list[Any]
     make: Callable[[list[Any]], Learned]
     words: bool
-    own_words: bool
-    """Whether the LLM's own weights learn what it says without its adapter."""
     share: float
     lengths: dict[int, int] | None
 
@@ -234,10 +232,10 @@ def make_ready(recipe: StageRecipe, out: Path, prepare: Prepare, trains: Sequenc
             {"use_reentrant": False, "context_fn": model.llm.checkpoint_contexts}
         )
     hooks = select(model, Selection(recipe.trains or tuple(trains), recipe.unfreeze))
-    own_words = model.settings.routes and "llm" in own_weights(model)
+    spoken = own_words(model)
 
     def make(messages: list[Any]) -> Learned:
-        return learn(model.prompts, messages, words=own_words, all_turns=prepared.all_turns)
+        return learn(model.prompts, messages, own_words=spoken, all_turns=prepared.all_turns)
 
     items, lengths = with_lengths(items, make, recipe)
     text, more = with_lengths(text, make, recipe)
@@ -255,7 +253,6 @@ def make_ready(recipe: StageRecipe, out: Path, prepare: Prepare, trains: Sequenc
         hooks=hooks,
         make=make,
         words=prepared.words,
-        own_words=own_words,
         share=prepared.share,
         lengths=lengths | more if prepared.exact else None,
     )

@@ -87,14 +87,14 @@ class Learned:
         return len(self.ids) + len(self.base_ids)
 
 
-def learn(prompts: PromptBuilder, messages: Sequence[Message], *, words: bool, all_turns: bool = True) -> Learned:
+def learn(prompts: PromptBuilder, messages: Sequence[Message], *, own_words: bool, all_turns: bool = True) -> Learned:
     """A conversation and what is learned of it.
 
     Args:
         prompts: of the model.
         messages: the last is the assistant's.
-        words: whether the words of an answer by `<|words|>` are learned, in the base view, in which the LLM says them.
-            Without, its route alone is: what follows is the untouched LLM's own.
+        own_words: whether the words of an answer by `<|words|>` are learned, in the base view, in which the LLM says
+            them. Without, its route alone is: what follows is the untouched LLM's own.
         all_turns: whether earlier answers are learned as well, where they are tokenised as they would be generated.
     """
     ends = [end for end in range(2, len(messages)) if messages[end - 1].role == "assistant"] if all_turns else []
@@ -102,7 +102,7 @@ def learn(prompts: PromptBuilder, messages: Sequence[Message], *, words: bool, a
     examples = {end: prompts.example(list(messages[:end])) for end in ends}
     last = examples[len(messages)]
     ids, labels = _in_one([(one.ids, _answer(prompts, one.labels)) for one in examples.values()])
-    plain = [end for end, one in examples.items() if words and prompts.routes and _by_words(prompts, one.labels)]
+    plain = [end for end, one in examples.items() if own_words and prompts.routes and _by_words(prompts, one.labels)]
     base = [prompts.base_example(list(messages[:end])) for end in plain]
     base_ids, base_labels = _in_one([(one.ids, one.labels) for one in base]) if base else ([], [])
     made = [

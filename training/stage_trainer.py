@@ -23,7 +23,7 @@ from anygen.training.loop import RunLog, world_size
 from anygen.training.sharding import check_shardable, name_layers, whole
 from anygen.training.stage import Ready, StageRecipe
 from anygen.training.stage_data import Collator, Item, Mixed, arguments, to
-from anygen.training.trainable import beginning, clean, groups
+from anygen.training.trainable import beginning, clean, groups, own_words
 from anygen.training.trainer import ITEMS, LAZY, Numbered, SafeTrainer, on_one_gpu, with_equal_gradients
 
 logger = logging.getLogger("anygen.training")
@@ -276,7 +276,7 @@ def fit(recipe: StageRecipe, out: Path, ready: Ready, log: RunLog) -> dict[str, 
         encoders=live,
         pictures=list(generators),
         words=ready.words and recipe.lm_weight > 0,
-        own_words=ready.own_words,
+        own_words=own_words(model),
     )
     lengths = None if ready.lengths is None else ready.lengths.__getitem__
     data = Mixed(

@@ -248,6 +248,11 @@ def own_weights(model: AnyGenModel) -> set[str]:
     return changed
 
 
+def own_words(model: AnyGenModel) -> bool:
+    """Whether what the LLM says without its adapter, by `<|words|>`, is learned: its own weights train."""
+    return model.settings.routes and "llm" in own_weights(model)
+
+
 def groups(model: nn.Module, rate: float, rates: Mapping[str, float], weight_decay: float) -> list[dict[str, Any]]:
     """Parameter groups for AdamW: each part at its rate; biases, norms and signal rows without decay.
 

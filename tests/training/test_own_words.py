@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from anygen import AnyGenPipeline
+from anygen.errors import ConfigError
 from anygen.messages import MediaPart, Message, TextPart
 from anygen.model import AnyGenModel
 from anygen.training import instruction_tuning
@@ -15,7 +16,7 @@ from anygen.training.chat_rows import Shown
 from anygen.training.instruction_tuning import InstructionTuningRecipe
 from anygen.training.stage import make_ready
 from anygen.training.stage_data import Collator, arguments, learn
-from anygen.training.trainable import PeftSettings
+from anygen.training.trainable import PeftSettings, own_words
 
 
 def says(text: str, role: str = "assistant") -> Message:
@@ -38,7 +39,7 @@ def test_words_are_learned_where_they_are_said(tiny_model: Callable[..., AnyGenM
     talk = [asks("Hi."), says("Hello."), asks("And?"), says("Bye.")]
     prompts = tiny_model().prompts
     tokenizer: Any = prompts.tokenizer
-    learned = learn(prompts, talk, words=True)
+    learned = learn(prompts, talk, own_words=True)
     turns = [{"role": m.role, "content": m.text} for m in talk]
     whole = tokenizer.apply_chat_template(turns, tokenize=False)
     ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
@@ -47,14 +48,14 @@ def test_words_are_learned_where_they_are_said(tiny_model: Callable[..., AnyGenM
     assert said.count(tokenizer.eos_token) == 2 and said.replace(tokenizer.eos_token, "") == "Hello.Bye."
     route = prompts.signal_tokens.words_id
     assert [label for label in learned.labels if label >= 0] == [route, route]
-    assert not learn(prompts, talk, words=False).base_ids
-    assert sum(label >= 0 for label in learn(prompts, talk, words=True, all_turns=False).base_labels) < len(said)
+    assert not learn(prompts, talk, own_words=False).base_ids
+    assert sum(label >= 0 for label in learn(prompts, talk, own_words=True, all_turns=False).base_labels) < len(said)
 
     shown = MediaPart("image", Shown("a dog"))  # type: ignore[arg-type]
     media = [*talk, asks("Draw it."), Message("assistant", (TextPart("Here."), shown))]
-    learned = learn(prompts, media, words=True)
-    assert learned.base_ids == learn(prompts, talk, words=True).base_ids, "what follows is no words"
-    assert not learn(prompts, media[-2:], words=True).base_ids
+    learned = learn(prompts, media, own_words=True)
+    assert learned.base_ids == learn(prompts, talk, own_words=True).base_ids, "what follows is no words"
+    assert not learn(prompts, media[-2:], own_words=True).base_ids
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
@@ -71,7 +72,7 @@ def test_the_loss_is_that_of_transformers_and_the_adapter_takes_no_part(
             if "lora_B" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
     items = [{"learned": ready.make(one.talk(None))} for one in (*ready.text[:2], *ready.train[:1])]  # type: ignore[arg-type]
-    batch = Collator(ready.features, ready.conditions, own_words=ready.own_words)(items)
+    batch = Collator(ready.features, ready.conditions, own_words=own_words(ready.model))(items)
     words, labels = batch["words"], batch["labels"]
     assert len(words["labels"]) == 2
     loss = model(**arguments(batch)).lm_loss
@@ -101,6 +102,8 @@ def test_a_batch_without_words_runs_the_llm_as_often_and_loses_nothing(user_mode
     assert "words" not in plain
     model: AnyGenModel = ready.model.eval()
     assert torch.equal(model(**arguments(batch)).lm_loss, model(**arguments(plain)).lm_loss)
+    with pytest.raises(ConfigError, match="words are learned beside labels: give both"):
+        model(**{name: value for name, value in arguments(batch).items() if name != "labels"})
 
 
 def test_what_was_learned_is_said(user_model: Path, user_data: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from anygen.training.data_rows import read
 from anygen.training.preference_tuning import PairCollator, PreferenceModel, PreferenceTuningRecipe
 from anygen.training.stage import make_ready
 from anygen.training.stage_data import learn
-from anygen.training.trainable import PeftSettings
+from anygen.training.trainable import PeftSettings, own_words
 
 pytest.importorskip("trl")
 
@@ -40,7 +40,7 @@ def recipe_of(user_model: Path, user_data: Path, **changes: Any) -> PreferenceTu
 
 def log_probability(model: AnyGenModel, talk: list[Message]) -> torch.Tensor:
     """Of the last answer, by the plain formula over the whole logits."""
-    learned = learn(model.prompts, talk, words=False, all_turns=False)
+    learned = learn(model.prompts, talk, own_words=False, all_turns=False)
     hidden = model(torch.tensor([learned.ids])).hidden_states
     log_probs = model.logits(hidden)[0].log_softmax(-1)
     chosen = [(place, label) for place, label in enumerate(learned.labels) if label >= 0]
@@ -168,10 +168,10 @@ def test_pairs_that_teach_nothing_are_bad_rows(user_model: Path, user_data: Path
         preference_tuning.train(recipe, tmp_path / "out")
     ready = make_ready(recipe, tmp_path, lambda config: preference_tuning.prepare(recipe, config), ["llm"])
     with pytest.raises(ConfigError, match="differ in words alone"):
-        preference_tuning.choosing(ready.train, ready, 0.0)
+        preference_tuning.choosing(ready.train, ready.model, 0.0)
     ready.model.settings = replace(ready.model.settings, routes=False)
     ready.model.prompts = ready.model.build_prompts()
-    assert preference_tuning.choosing(ready.train, ready, 0.0) == ready.train, "there its words are its own"
+    assert preference_tuning.choosing(ready.train, ready.model, 0.0) == ready.train, "there its words are its own"
 
 
 def test_words_are_preferred_where_the_llm_s_own_weights_train(
@@ -187,7 +187,7 @@ def test_words_are_preferred_where_the_llm_s_own_weights_train(
     (tmp_path / "words.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     recipe = recipe_of(user_model, user_data, data=str(tmp_path / "words.jsonl"), unfreeze=("llm.*",))
     ready = make_ready(recipe, tmp_path, lambda config: preference_tuning.prepare(recipe, config), ["llm"])
-    assert ready.own_words and len(preference_tuning.choosing(ready.train, ready, 0.0)) == 3
+    assert own_words(ready.model) and len(preference_tuning.choosing(ready.train, ready.model, 0.0)) == 3
     model = ready.model.eval()
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -200,7 +200,7 @@ def test_words_are_preferred_where_the_llm_s_own_weights_train(
         output = PreferenceModel(model)(batch["input_ids"], batch["attention_mask"], labels, words=batch["words"])
         for talk in [[*p.prompt, p.chosen] for p in pairs] + [[*p.prompt, p.rejected] for p in pairs]:
             wanted.append(log_probability(model, talk))
-            if learned := learn(model.prompts, talk, words=True, all_turns=False).base_ids:
+            if learned := learn(model.prompts, talk, own_words=True, all_turns=False).base_ids:
                 with model.llm.adapter_off():
                     given = len(model.prompts.prompt(talk[:-1]).base_ids)
                     log_probs = model.llm.base(torch.tensor([learned])).logits[0].log_softmax(-1)

@@ -120,7 +120,7 @@ def test_a_loss_from_caches_is_the_loss_of_the_model_with_its_parts(user_model: 
     )  # fmt: skip
     losses = []
     for messages in read(str(user_data / "chats.jsonl"), conversation)[:3]:
-        one = learn(model.prompts, messages, words=False)
+        one = learn(model.prompts, messages, own_words=False)
         read_media = [MediaPart(p.modality, p.media.load(p.modality)) for p in one.read]  # type: ignore[attr-defined]
         said = [p.media.caption for p in one.made]  # type: ignore[attr-defined]
         with torch.no_grad():
@@ -183,13 +183,13 @@ def test_every_answer_of_a_conversation_is_learned_as_it_would_be_generated(
         Message("user", (TextPart("Thanks."),)),
         Message("assistant", (TextPart("Hello."),)),
     ]
-    learned = learn(prompts, talk, words=False)
+    learned = learn(prompts, talk, own_words=False)
     wanted = [label for end in (2, 4) for label in prompts.example(talk[:end]).labels if label >= 0]
     route = prompts.signal_tokens.words_id
     assert [label for label in learned.labels if label >= 0] == [*wanted, route], "of the last answer the route alone"
     assert all(label in (token, -100) for token, label in zip(learned.ids, learned.labels, strict=True))
     assert learned.made == [picture] and len(learned.read) == 1
-    last = learn(prompts, talk, words=False, all_turns=False)
+    last = learn(prompts, talk, own_words=False, all_turns=False)
     assert [label for label in last.labels if label >= 0] == [route]
     assert last.labels.index(route) == prompts.example(talk).labels.index(route)
 
